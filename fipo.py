@@ -1,0 +1,1045 @@
+"""FIPO in one file: rollout, reward, Future-KL and loss (arXiv 2603.19835, "the paper").
+
+DAPO gives every token of a response the same advantage. FIPO multiplies it, token by token, by f = clip(exp(F)),
+where F_t sums, discounted, how far the policy has already moved on the tokens from t on. Tokens that lead into a
+reinforced future count more. The sections below follow the data:
+
+  1. Problems    a prompt and the answer a rule can check                                    load_problems
+  2. Prompts     chat template if the model has one, plain text if not                       encode_problems
+  3. Rollouts    G responses per prompt from the current policy π_old                        HFSampler
+  4. Rewards     R = +1 right, −1 wrong, minus a soft penalty near the length limit          verify, overlong_penalty
+  5. Advantages  A_i = (R_i − mean R) / (std R + 1e-6) over the group; groups that are all
+                 right or all wrong teach nothing and are sampled again (dynamic sampling)   group_advantages
+  6. Δlog p      Δ_t = log π_θ(o_t) − log π_old(o_t), ratio r_t = exp Δ_t                    token_logprobs
+  7. Future-KL   F_t = Σ_{k≥t} γ^(k−t) M_k Δ_k,  γ = 2^(−1/τ),  M_k = 1[r_k ≤ c]             future_kl
+  8. Loss        Ã_t = A·clip(exp F_t, lo, hi), then PPO's clipped objective with Ã_t for A,
+                 averaged over all response tokens of the mini-batch                         fipo_loss
+  9. Update      several AdamW steps on one batch of rollouts, one per mini-batch            Policy, update
+ 10. The loop, evaluation, checkpoints and the command line                                  train, evaluate
+
+At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO. FIPO acts only because one batch of rollouts
+feeds several updates. DAPO is FIPO with f ≡ 1; GRPO is DAPO with a symmetric clip, a mean per response, no dynamic
+sampling and no length penalty (PRESETS).
+
+Where this file simplifies or departs from the paper or the authors' release, on purpose:
+  a. The token mean has one denominator, the whole mini-batch. The release averages each micro-batch and weights by
+     its number of sequences, which makes the loss depend on how the batch is cut.
+  b. Where A < 0 and r is above the safety threshold, f is clamped to [0.8, 1], as the release does; the paper sets it
+     to 1. Dual clip, the drop of responses with more than one dual-clipped token, and Δ clamped to ±20 are the
+     release's too; the paper does not mention them.
+  c. γ and F are float32 whatever the model runs in: in bfloat16, τ = 32 would turn into 35.
+  d. The first warm-up step already learns (the release's runs with learning rate 0). Warm-up counts rollout batches.
+  e. No KL term, no entropy bonus, no reference model, no critic, as in DAPO. Surplus groups are thrown away.
+  f. Random numbers are derived from (seed, purpose, step), so that resuming needs no generator state.
+
+  python fipo.py train --model Qwen/Qwen2.5-0.5B --data openai/gsm8k:main --max_response 1024 --overlong_buffer 256
+  python fipo.py eval  --model DIR --data aime-2024.parquet --eval_samples 32
+  python train_small.py         # the same loop, set up to show something within minutes on any machine
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # its bars for loading and saving would tear ours apart
+
+# ------------------------------------------------------------------------------------------------------- Settings
+
+
+def arg(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class EvalConfig:
+    """Settings of `fipo.py eval`; `fipo.py train` has them too."""
+
+    model: str = arg("", "model folder or hub name")
+    data: str = arg("", "problems: a .jsonl, .json or .parquet file, or a hub name[:config[:split]]")
+    out: str = arg("", "folder for everything this command writes")
+    seed: int = arg(0, "seed of sampling, shuffling and mini-batches")
+    max_prompt: int = arg(2048, "longest prompt in tokens; longer ones are dropped, with a count")
+    max_response: int = arg(20480, "longest response in tokens")
+    verifier: Literal["dapo", "math"] = arg("dapo", "dapo: the last 'Answer:' line, as text; math: math-verify")
+    rollout_rows: int = arg(512, "responses the Hugging Face sampler decodes at a time")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "compute dtype; auto: bfloat16 on a GPU that has it")
+    eval_samples: int = arg(32, "responses per evaluation problem, n")
+    eval_k: int = arg(0, "k of pass@k, unbiased for k < n (0: k = n)")
+    eval_temperature: float = arg(1.0, "sampling temperature of evaluation")
+    eval_top_p: float = arg(0.7, "nucleus of evaluation")
+
+
+@dataclass
+class Config(EvalConfig):
+    """Settings of `fipo.py train`. Defaults are the paper's 32B recipe; None means: as --algorithm says (PRESETS)."""
+
+    algorithm: Literal["grpo", "dapo", "fipo"] = arg("fipo", "preset; settings given explicitly win over it")
+    eval_data: str = arg("", "evaluation problems, as --data; none: no evaluation")
+    steps: int = arg(400, "batches of rollouts to train on")
+    resume: bool = arg(False, "go on from the newest whole checkpoint in --out")
+    group_size: int = arg(16, "responses per prompt, G")
+    prompts_per_batch: int = arg(512, "prompts per rollout batch")
+    prompts_per_round: int = arg(0, "prompts sampled per generation round (0: as prompts_per_batch; paper: 2048)")
+    max_gen_rounds: int = arg(10, "generation rounds after which dynamic sampling gives up")
+    dynamic_sampling: bool | None = arg(None, "keep only groups with accuracy strictly between 0 and 1")
+    temperature: float = arg(1.0, "sampling temperature, applied to the trainer's logits too")
+    overlong_buffer: int | None = arg(None, "the last so many tokens before max_response are penalised (0: off)")
+    prompts_per_mini_batch: int = arg(64, "prompts per update; prompts_per_batch over this = updates per rollout")
+    tau: float = arg(32.0, "half-life of the Future-KL in tokens, τ")
+    weight_range: list[float] | None = arg(None, "bounds lo hi of the influence weight f")
+    safety: float = arg(10.0, "where A < 0 and the ratio exceeds this, f is clamped to [0.8, 1]")
+    clip_low: float = arg(0.2, "lower clip of the ratio, 1 − clip_low")
+    clip_high: float | None = arg(None, "upper clip of the ratio, 1 + clip_high")
+    dual_clip: float | None = arg(None, "dual-clip ratio c, also the bound of the M filter")
+    loss_mean: Literal["token", "response"] | None = arg(None, "mean over all tokens, or over responses' own means")
+    lr: float = arg(1e-6, "AdamW learning rate, constant after warm-up")
+    warmup_steps: int = arg(10, "linear warm-up, in rollout batches")
+    weight_decay: float = arg(0.1, "AdamW weight decay")
+    grad_clip: float = arg(1.0, "largest gradient norm")
+    tokens_per_micro_batch: int = arg(32768, "padded tokens per forward and backward pass")
+    gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, a third more time")
+    eval_every: int = arg(5, "steps between evaluations; the first and last step are always evaluated")
+    save_every: int = arg(10, "steps between checkpoints; two are kept")
+    log_samples: int = arg(3, "responses written to samples.jsonl per step")
+    wandb: str = arg("", "Weights & Biases project; empty: off")
+
+
+DAPO = dict(weight_range=[1.0, 1.0], clip_high=0.28, dual_clip=10.0, loss_mean="token", dynamic_sampling=True,
+            overlong_buffer=4096)  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "fipo": DAPO | dict(weight_range=[1.0, 1.2]),
+    "dapo": DAPO,
+    "grpo": DAPO | dict(clip_high=0.2, dual_clip=math.inf, loss_mean="response", dynamic_sampling=False,
+                        overlong_buffer=0),
+}  # fmt: skip
+
+
+class FipoError(Exception):
+    """A mistake in what was given or met: one sentence that says what, where and how to mend it."""
+
+
+def require(condition: Any, sentence: str) -> None:
+    if not condition:
+        raise FipoError(sentence)
+
+
+@contextlib.contextmanager
+def explain(attempt: str) -> Iterator[None]:
+    """Turn another library's failure to read something into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise FipoError(f"{attempt} failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+
+
+def say(text: str) -> None:
+    tqdm.write(text)  # print, without tearing a progress bar apart
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what the preset decides, then refuse settings that cannot train."""
+    preset = {k: v for k, v in PRESETS[cfg.algorithm].items() if getattr(cfg, k) is None}
+    cfg = dataclasses.replace(cfg, prompts_per_round=cfg.prompts_per_round or cfg.prompts_per_batch, **preset)
+    batch, mini, (low, high) = cfg.prompts_per_batch, cfg.prompts_per_mini_batch, (cfg.weight_range + [-1.0])[:2]
+    require(cfg.data, "--data is missing: give a .jsonl, .json or .parquet file, or a hub name.")
+    require(cfg.out, "--out is missing: give the folder that shall hold this run.")
+    for name in ("steps", "prompts_per_mini_batch", "max_gen_rounds", "max_prompt", "max_response", "eval_every",
+                 "tokens_per_micro_batch", "eval_samples", "save_every", "temperature", "tau"):  # fmt: skip
+        require(getattr(cfg, name) > 0, f"--{name} is {getattr(cfg, name)}: it must be above 0.")
+    require(cfg.group_size > 1, f"--group_size is {cfg.group_size}: a group needs at least 2 responses to compare.")
+    require(batch % mini == 0, f"--prompts_per_mini_batch ({mini}) must be at most --prompts_per_batch ({batch}) and "
+            "divide it: change one of them.")  # fmt: skip
+    require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer "
+            f"({cfg.overlong_buffer}): raise the first, or lower the second (0 switches the penalty off).")  # fmt: skip
+    require(0 <= low <= high, f"--weight_range is {cfg.weight_range}: give two numbers, lo hi, with 0 ≤ lo ≤ hi.")
+    require(cfg.dynamic_sampling or cfg.prompts_per_round == batch, "--prompts_per_round needs --dynamic_sampling.")
+    if batch == mini and low < high:
+        say("warning: one update per batch of rollouts, so Δlog p is always 0 and FIPO is just DAPO: "
+            "lower --prompts_per_mini_batch to let it act.")  # fmt: skip
+    return cfg
+
+
+def derive_seed(*purpose: Any) -> int:
+    """A seed for one purpose at one moment: nothing to store, nothing to restore."""
+    return zlib.crc32(repr(purpose).encode())
+
+
+# ---------------------------------------------------------------------------------------------------- 1. Problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str | list[dict[str, str]]  # text, or chat messages
+    answer: str
+    prompt_ids: list[int] = field(default_factory=list)  # filled by encode_problems
+
+
+QUESTION = """Solve the problem below, reasoning step by step. End with a line that reads "Answer: $Answer", where \
+$Answer is your result and nothing else.
+
+{question}
+
+Remember: the result stands on a line of its own, after "Answer:"."""
+
+
+def load_problems(source: str) -> list[Problem]:
+    """Read problems from a .jsonl, .json or .parquet file, or from the hub as `name[:config[:split]]`.
+
+    Columns are recognised by name: `prompt` (text or chat messages, used as it is) or `question` / `problem` (put into
+    QUESTION); `reward_model.ground_truth` (the verl schema of DAPO-Math-17k), `answer` (of which what follows "####",
+    as in GSM8K) or `solution`. Repeated prompts are dropped, with a count. Raises FipoError on anything else.
+    """
+    import datasets  # here, not above: it takes seconds, and the loss is imported without it
+
+    datasets.disable_progress_bars()
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    require(not kind or Path(source).is_file(), f"there is no file {source}.")
+    require(not kind or Path(source).read_bytes().strip(), f"{source} is empty: it must hold problems.")
+    name, config, split = (source.split(":") + ["", ""])[:3]
+    with explain(f"reading problems from {source}"):
+        if kind:
+            rows = datasets.load_dataset(kind, data_files=source, split="train")
+        else:
+            rows = datasets.load_dataset(name, config or None, split=split or "train")
+    require(len(rows), f"{source} holds no problems.")
+    ask = next((c for c in ("prompt", "question", "problem") if c in rows.column_names), None)
+    tell = next((c for c in ("reward_model", "answer", "solution") if c in rows.column_names), None)
+    require(ask and tell, f"{source} has the columns {rows.column_names}: rename them so that there is one of prompt, "
+            "question, problem and one of reward_model, answer, solution.")  # fmt: skip
+    problems: dict[str, Problem] = {}
+    for i, row in enumerate(tqdm(rows.select_columns([ask, tell]), desc="problems", leave=False, disable=None)):
+        prompt, answer = row[ask], row[tell]
+        answer = answer.get("ground_truth") if isinstance(answer, dict) else answer
+        answer = "" if answer is None else str(answer).split("####")[-1].strip()
+        require(prompt and answer, f"{source}: row {i + 1} has no {tell if prompt else ask}: mend or remove it.")
+        if ask != "prompt":
+            prompt = [{"role": "user", "content": QUESTION.format(question=prompt)}]
+        problems.setdefault(json.dumps(prompt, sort_keys=True), Problem(prompt, answer))
+    if len(problems) < len(rows):
+        say(f"{source}: {len(rows) - len(problems)} of {len(rows)} rows repeat an earlier prompt and were dropped.")
+    return list(problems.values())
+
+
+# ----------------------------------------------------------------------------------------------------- 2. Prompts
+
+
+def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids of a prompt: through the chat template where the model has one, as plain text where it has none."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = prompt if isinstance(prompt, str) else "".join(message["content"] + "\n\n" for message in prompt)
+    return tokenizer(text)["input_ids"]
+
+
+def encode_problems(source: str, tokenizer: Any, context: int, cfg: EvalConfig) -> list[Problem]:
+    """Problems with their `prompt_ids`; too long prompts are dropped, with a count. `context`: the model's, in tokens."""
+    every = [dataclasses.replace(p, prompt_ids=encode_prompt(p.prompt, tokenizer)) for p in load_problems(source)]
+    problems = [p for p in every if len(p.prompt_ids) <= cfg.max_prompt]
+    require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
+    if len(problems) < len(every):
+        say(f"{source}: {len(every) - len(problems)} of {len(every)} prompts exceed --max_prompt and were dropped.")
+    longest = max(len(p.prompt_ids) for p in problems)
+    require(longest + cfg.max_response <= context, f"{source}: the longest prompt ({longest} tokens) and --max_response "
+            f"{cfg.max_response} exceed the model's context of {context}: lower --max_response or --max_prompt.")  # fmt: skip
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------- 3. Rollouts
+
+
+@dataclass
+class Rollout:
+    """One sampled response and what training needs to know of it."""
+
+    problem: Problem
+    response_ids: list[int] = field(default_factory=list)  # through the first EOS; all of a truncated response
+    sampler_logp: list[float] = field(default_factory=list)  # compared with old_logp, never trained on
+    text: str = ""
+    correct: bool = False
+    reward: float = 0.0
+    advantage: float = 0.0
+    old_logp: torch.Tensor | None = None  # [T] log π_old, re-scored by the trainer
+
+    @property
+    def ids(self) -> list[int]:
+        return self.problem.prompt_ids + self.response_ids
+
+
+def sample_token(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row from softmax(logits) cut to its nucleus, and its log-prob there. [R, V] -> [R], [R]."""
+    logp = logits.log_softmax(-1)
+    if top_p < 1:
+        ranked, index = logp.sort(descending=True)
+        beyond = ranked.exp().cumsum(-1) - ranked.exp() >= top_p  # never the first
+        logp = logp.masked_fill(beyond.scatter(-1, index, beyond), -math.inf).log_softmax(-1)
+    token = torch.multinomial(logp.exp(), 1, generator=generator)  # [R, 1]
+    return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+class HFSampler:
+    """Samples with Hugging Face from the trainer's own model. The seam: any sampler has `generate` and `sync`."""
+
+    def __init__(self, policy: Policy, eos_ids: list[int], rows: int):
+        self.policy, self.rows, self.eos = policy, rows, torch.tensor(eos_ids, device=policy.device)
+
+    def sync(self) -> None:
+        """Take over the policy's weights. Sampler and trainer share one model here: nothing to do."""
+
+    def generate(self, problems: list[Problem], n: int, max_tokens: int, temperature: float, top_p: float,
+                 seed: int) -> list[list[Rollout]]:  # fmt: skip
+        """`n` responses of at most `max_tokens` tokens to each problem, in the order of the problems."""
+        generator = torch.Generator(self.policy.device).manual_seed(seed)
+        order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))  # alike lengths: less padding
+        groups: dict[int, list[Rollout]] = {}
+        with tqdm(total=len(problems), desc="rollout", unit="prompt", leave=False, disable=None) as bar:
+            for start in range(0, len(order), max(1, self.rows // n)):
+                chunk = order[start : start + max(1, self.rows // n)]
+                flat = self._decode([problems[i] for i in chunk], n, max_tokens, temperature, top_p, generator)
+                groups |= {i: flat[j * n : (j + 1) * n] for j, i in enumerate(chunk)}
+                bar.update(len(chunk))
+        return [groups[i] for i in range(len(problems))]
+
+    @torch.no_grad()
+    def _decode(self, problems: list[Problem], n: int, max_tokens: int, temperature: float, top_p: float,
+                generator: torch.Generator) -> list[Rollout]:  # fmt: skip
+        model, device = self.policy.model.eval(), self.policy.device
+        longest = max(len(p.prompt_ids) for p in problems)
+        pad = [longest - len(p.prompt_ids) for p in problems]  # on the left, so that all rows grow at the same place
+        ids = torch.tensor([[0] * k + p.prompt_ids for k, p in zip(pad, problems)], device=device)  # [P, L]
+        mask = torch.tensor([[0] * k + [1] * (longest - k) for k in pad], device=device)
+        inputs = dict(input_ids=ids, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        cache = DynamicCache(config=model.config)
+        rollouts = [Rollout(problem) for problem in problems for _ in range(n)]
+        row = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch belongs to
+        for step in range(max_tokens):
+            with self.policy.autocast():
+                out = model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = out.logits[:, -1].float() / temperature  # [R, V]
+            if step == 0:  # a prompt is read once per group, not once per response
+                cache.batch_repeat_interleave(n)
+                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+            token, logp = sample_token(logits, top_p, generator)
+            for r, t, lp in zip(row.tolist(), token.tolist(), logp.tolist()):
+                rollouts[r].response_ids.append(t)
+                rollouts[r].sampler_logp.append(lp)
+            alive = ~torch.isin(token, self.eos)
+            if not alive.any():
+                break
+            if not alive.all():  # finished rows leave the batch instead of being decoded as padding
+                row, token, mask = row[alive], token[alive], mask[alive]
+                cache.batch_select_indices(alive.nonzero()[:, 0])
+            mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
+            inputs = dict(input_ids=token[:, None], position_ids=mask.sum(1, keepdim=True) - 1)
+        return rollouts
+
+
+# ----------------------------------------------------------------------------------------------------- 4. Rewards
+
+# The Minerva normalisation, in the order and the variant (no "ft", no "%") that DAPO and FIPO scored with.
+REPLACED = {"an ": "", "a ": "", ".$": "$", "\\$": "", "\\ ": "", " ": "", "mbox": "text", ",\\text{and}": ",",
+            "\\text{and}": ",", "\\text{m}": "\\text{}"}  # fmt: skip
+REMOVED = (
+    "square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents degrees cm gm "
+    "pounds meters meals edges students childrentickets multiples \\text{s} \\text{.} \\text{\ns} \\text{}^2 \\text{}^3 "
+    '\\text{\n} \\text{} \\mathrm{th} ^\\circ ^{\\circ} \\; ,\\! {,} " \\dots'
+).split(" ")
+UNWRAPPED = [(r".*?\$(.*?)\$.*", r"$\1$"), (r"\\text\{(.*?)\}", r"\1"), (r"\\textbf\{(.*?)\}", r"\1"),
+             (r"\\overline\{(.*?)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
+             (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}")]  # fmt: skip
+
+
+def normalize_answer(answer: str) -> str:
+    """Bring an answer to the form in which right ones are equal strings."""
+    answer = answer.split("=")[-1]
+    for old, new in REPLACED.items():
+        answer = answer.replace(old, new)
+    for clutter in REMOVED:
+        answer = answer.replace(clutter, "")
+    for pattern, inside in UNWRAPPED:
+        answer = re.sub(pattern, inside, answer)
+    answer = answer.replace("$", "")
+    digits = answer.replace(",", "")
+    return (digits if digits.isdigit() else answer).strip()
+
+
+def extract_answer(response: str) -> str | None:
+    """The normalised text after the last "Answer:" of the last 300 characters; None if there is none."""
+    found = re.findall(r"(?i)Answer\s*:\s*([^\n]+)", response[-300:])
+    return normalize_answer(found[-1]) if found else None
+
+
+def verify(response: str, ground_truth: str) -> bool:
+    """DAPO's rule: what follows the last "Answer:" equals the ground truth, both normalised. No other form counts."""
+    return extract_answer(response) == normalize_answer(ground_truth)
+
+
+def extract_math(response: str) -> str | None:
+    """The result math-verify reads in a response, as text; None if it finds none."""
+    import math_verify
+
+    found = math_verify.parse(response)
+    return str(found[-1]) if found else None
+
+
+def verify_math(response: str, ground_truth: str) -> bool:
+    """math-verify, for free-form answers (MATH): equal as mathematics, wherever the response states its result."""
+    import math_verify
+
+    gold = ground_truth if "\\boxed" in ground_truth else f"\\boxed{{{ground_truth}}}"
+    return math_verify.verify(math_verify.parse(gold), math_verify.parse(response))
+
+
+def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
+    """DAPO's soft overlong penalty: 0 until `buffer` tokens before the limit, then linear down to −1 (DAPO, Eq. 13)."""
+    return min(-(length - (max_response - buffer)) / buffer, 0.0) if buffer else 0.0
+
+
+VERIFIERS = {"dapo": (verify, extract_answer), "math": (verify_math, extract_math)}
+
+
+def check_rollouts(rollouts: list[Rollout], tokenizer: Any, verifier: str) -> None:
+    """Decode and verify: fills `text` and `correct`."""
+    for r in rollouts:
+        r.text = tokenizer.decode(r.response_ids, skip_special_tokens=True)
+        r.correct = VERIFIERS[verifier][0](r.text, r.problem.answer)
+
+
+def assign_rewards(rollouts: list[Rollout], cfg: Config) -> None:
+    """R = +1 if right, −1 if wrong, plus the overlong penalty: fills `reward`."""
+    for r in rollouts:
+        penalty = overlong_penalty(len(r.response_ids), cfg.max_response, cfg.overlong_buffer)
+        r.reward = (1.0 if r.correct else -1.0) + penalty
+
+
+# -------------------------------------------------------------------------------------------------- 5. Advantages
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = (R_i − mean R) / (std R + 1e-6) in each group, unbiased std. rewards [P, G] -> [P, G], float32.
+
+    A group without variance gives zeros. Raises ValueError for G < 2.
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError("a group needs at least 2 responses to compare")
+    R = (rewards - rewards[:, :1]).float()  # only differences matter; equal rewards become exact zeros
+    return (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-6)
+
+
+def assign_advantages(groups: list[list[Rollout]]) -> None:
+    """Fill `advantage`: one value per response, the same for all its tokens."""
+    advantages = group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
+    for group, row in zip(groups, advantages.tolist()):
+        for r, advantage in zip(group, row):
+            r.advantage = advantage
+
+
+# ------------------------------------------------------------------------------------------------------ 6. Δlog p
+
+
+def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Tensor, temperature: float = 1.0,
+                   chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """log π(o_t | o_<t) of the response tokens and the entropy of π there, in nats. Differentiable in the first.
+
+    input_ids, response_mask [B, L] -> logp, entropy [B, L], float32, each value at its token's own position and 0
+    outside the mask. Rows are prompt + response, padded on the right with anything: under causal attention no token
+    sees what follows it, so no attention mask is needed. Logits exist for `chunk` tokens at a time, [chunk, V], and
+    are computed anew in backward: [B, L, V] never is.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+    target = response_mask[:, 1:].bool()  # position t − 1 predicts token t
+    hidden, tokens = hidden[:, :-1][target], input_ids[:, 1:][target]  # [N, H], [N]
+    head = model.get_output_embeddings()
+
+    def score(h: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logp = (head(h).float() / temperature).log_softmax(-1)  # [chunk, V]
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(1, token[:, None])[:, 0], entropy
+
+    parts = [checkpoint(score, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), tokens.split(chunk))]
+    grid = torch.zeros(input_ids.shape, device=input_ids.device)
+    place = torch.nn.functional.pad(target, (1, 0))
+    return tuple(grid.masked_scatter(place, torch.cat(values)) for values in zip(*parts))
+
+
+# --------------------------------------------------------------------------------------------------- 7. Future-KL
+
+
+def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -> torch.Tensor:
+    """F_t = Σ_{k≥t} γ^(k−t) Δ_k over unmasked k, with γ = 2^(−1/τ): Δ at distance τ counts half. [B, T] -> [B, T], float32.
+
+    F_t = Δ_t + γ F_{t+1} is a linear recurrence. Inside a block of K tokens it is one product with a triangular decay
+    matrix; from block to block only the F of each block's first token is carried, and the carries obey the same
+    recurrence with γ^K, so this function calls itself on them. Exact, O(B·T·K) work, O(B·T) memory, and no γ^(−t),
+    which a cumulative sum would need and which overflows (2^640 at T = 20480, τ = 32).
+    """
+    (B, T), K = delta_logp.shape, 128
+    delta = torch.where(mask.bool(), delta_logp, 0.0).float()
+    blocks = torch.nn.functional.pad(delta, (0, -T % K)).view(B, -1, K)  # [B, T/K, K]
+    k = torch.arange(K, device=delta.device)
+    decay = torch.exp2(-(k[:, None] - k).clamp(min=0) / tau).tril()  # [K, K]: γ^(k−t) where k ≥ t
+    with torch.autocast(delta.device.type, enabled=False):
+        F = blocks @ decay
+    if T > K:
+        first = F[:, 1:, 0]  # [B, T/K − 1]
+        carry = torch.nn.functional.pad(future_kl(first, torch.ones_like(first), tau / K), (0, 1))
+        F = F + carry[..., None] * torch.exp2((k - K) / tau)
+    return F.reshape(B, -1)[:, :T]
+
+
+# -------------------------------------------------------------------------------------------------------- 8. Loss
+
+
+def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
+              tau: float = 32.0, weight_range: tuple[float, float] = (1.0, 1.2), safety: float = 10.0,
+              clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float = 10.0,
+              num_tokens: float | None = None) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    """The FIPO objective (paper, Eq. 8, with the release's dual clip). weight_range (1, 1) makes it DAPO's.
+
+    logp, old_logp, mask [B, T], advantages [B] or [B, T] -> scalar loss, and metrics over the unmasked tokens. Values
+    at masked positions may be anything. Without `num_tokens` the loss is the mean over the tokens given; with it, their
+    sum over `num_tokens`, the count of the whole mini-batch, so that micro-batches add up to the same loss. Responses
+    with more than one dual-clipped token leave the sum and the count; of a given `num_tokens` the caller must take
+    metrics["dropped_tokens"] off.
+    """
+    mask = mask.bool()
+    A = advantages if advantages.dim() == 2 else advantages[:, None]
+    A = torch.where(mask, A, 0.0).float()  # masked positions are zeroed before exp: inf · 0 would be NaN
+    delta = torch.where(mask, logp, 0.0).float() - torch.where(mask, old_logp, 0.0).float()
+    delta = delta.clamp(-20.0, 20.0)  # Δ_t
+    ratio = delta.exp()  # r_t
+
+    with torch.no_grad():  # the influence weight is a constant to the gradient
+        F = future_kl(delta, mask & (ratio <= dual_clip), tau)  # M_t: what has run away tells nothing of the future
+        influence = F.exp()
+        f = influence.clamp(*weight_range)
+        f = torch.where((A < 0) & (ratio > safety), f.clamp(0.8, 1.0), f)
+        A = A * f  # Ã_t
+
+    unclipped = -A * ratio
+    clipped = -A * ratio.clamp(1 - clip_low, 1 + clip_high)
+    pessimistic = torch.maximum(unclipped, clipped)
+    dual_clipped = mask & (A < 0) & (pessimistic > -A * dual_clip)
+    token_loss = torch.where(dual_clipped, -A * dual_clip, pessimistic)
+
+    dropped = dual_clipped.sum(1, keepdim=True) > 1  # [B, 1]
+    kept = mask & ~dropped
+    total = kept.sum().clamp(min=1) if num_tokens is None else num_tokens
+    loss = torch.where(kept, token_loss, 0.0).sum() / total
+
+    with torch.no_grad():
+        n = mask.sum().clamp(min=1)
+        some = f[mask] if mask.any() else torch.ones(1)
+        metrics = {
+            "clip_frac": (mask & (clipped > unclipped)).sum() / n,
+            "dual_clip_frac": dual_clipped.sum() / n,
+            "ppo_kl": -delta.sum() / n,
+            "influence_mean": some.mean(),
+            "influence_min": some.min(),
+            "influence_max": some.max(),
+            "influence_frac_low": (mask & (influence < weight_range[0])).sum() / n,
+            "influence_frac_high": (mask & (influence > weight_range[1])).sum() / n,
+            "future_kl_mean": (F * mask).sum() / n,
+            "dropped_sequences": dropped.sum(),
+            "dropped_tokens": (mask & dropped).sum(),
+        }
+        values = torch.stack([v.double().to(loss.device) for v in metrics.values()]).tolist()  # one transfer, not ten
+    return loss, dict(zip(metrics, values))
+
+
+# ------------------------------------------------------------------------------------------------------ 9. Update
+
+
+def micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """Cut into passes of at most `max_tokens` tokens, padding included; alike lengths together, so there is little."""
+    passes: list[list[Rollout]] = [[]]
+    for r in sorted(rollouts, key=lambda r: len(r.ids)):
+        if passes[-1] and (len(passes[-1]) + 1) * len(r.ids) > max_tokens:
+            passes.append([])
+        passes[-1].append(r)
+    return passes
+
+
+def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """input_ids, response_mask, old_logp [B, L], advantages [B]; prompt + response, padded on the right.
+
+    What counts is told by lengths, never by comparing ids with pad or EOS: where pad = EOS, the EOS is still trained.
+    """
+    B, L = len(rollouts), max(len(r.ids) for r in rollouts)
+    ids, mask, old = torch.zeros(B, L, dtype=torch.long), torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L)
+    for i, r in enumerate(rollouts):
+        start, end = len(r.problem.prompt_ids), len(r.ids)
+        ids[i, :end] = torch.tensor(r.ids)
+        mask[i, start:end] = True
+        old[i, start:end] = 0.0 if r.old_logp is None else r.old_logp
+    return tuple(x.to(device) for x in (ids, mask, old, torch.tensor([r.advantage for r in rollouts])))
+
+
+class Policy:
+    """The model being trained and its optimiser: plain torch, one device, float32 weights (lr 1e-6 is lost in bfloat16)."""
+
+    def __init__(self, path: str, cfg: EvalConfig):
+        self.cfg, self.device = cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
+        self.tolerance = 0.1 if bf16 else 1e-3  # mean |Δlog p| that other padding alone may cause
+        hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+        require(os.path.isdir(path) or hub_name, f"--model: there is no folder {path!r}; give one, or a hub name.")
+        with explain(f"loading a model from {path}"):
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model.to(self.device)
+        if isinstance(cfg, Config):
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+            if cfg.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def eos_ids(self) -> list[int]:
+        declared = self.model.generation_config.eos_token_id
+        every = [self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
+        ids = sorted({e for e in every if e is not None})
+        require(ids, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
+        return ids
+
+    def logprobs(self, input_ids: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log π and entropy of the response tokens under the current weights, [B, L] each."""
+        with self.autocast():
+            return token_logprobs(self.model, input_ids, response_mask, self.cfg.temperature)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float, scale: float) -> float:
+        """Scale the gradient, clip it, step. Returns its norm before clipping; if that is not finite, nothing moves."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_([p.grad for p in params], scale)
+        norm = torch.nn.utils.clip_grad_norm_(params, self.cfg.grad_clip).item()
+        self.optimizer.param_groups[0]["lr"] = lr
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """An ordinary Hugging Face folder, with optimizer.pt beside the weights."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load_optimizer(self, folder: Path) -> None:
+        state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+
+
+@torch.no_grad()
+def score_old_logp(policy: Policy, rollouts: list[Rollout]) -> dict[str, float]:
+    """π_old: the trainer's own log-probs of the rollouts before any update. Fills `old_logp`."""
+    policy.model.eval()
+    passes = micro_batches(rollouts, policy.cfg.tokens_per_micro_batch)
+    entropy, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for r in rollouts)
+    for part in tqdm(passes, desc="score", leave=False, disable=None):
+        ids, mask, _, _ = collate(part, policy.device)
+        logp, H = policy.logprobs(ids, mask)
+        entropy += H.sum().item() / tokens
+        for r, row, m in zip(part, logp.cpu(), mask.cpu()):
+            r.old_logp = row[m]
+            mismatch += (r.old_logp - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
+    return {"entropy": entropy, "sampler_mismatch": mismatch}
+
+
+def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: float) -> dict[str, float]:
+    """One AdamW step on one mini-batch, in as many passes as memory asks for. Returns the metrics of the whole."""
+    by_response = cfg.loss_mean == "response"
+    count = len(mini) if by_response else sum(len(r.response_ids) for r in mini)  # the one denominator of all passes
+    parts: list[tuple[int, dict[str, float]]] = []
+    policy.model.train()
+    for part in micro_batches(mini, cfg.tokens_per_micro_batch):
+        ids, mask, old_logp, A = collate(part, policy.device)
+        if by_response:  # the loss is linear in |A|, so A/|o| turns the sum over tokens into one of responses' means
+            A = A / mask.sum(1)
+        logp, _ = policy.logprobs(ids, mask)
+        loss, metrics = fipo_loss(logp, old_logp, A, mask, tau=cfg.tau, weight_range=tuple(cfg.weight_range),
+                                  safety=cfg.safety, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                                  dual_clip=cfg.dual_clip, num_tokens=count)  # fmt: skip
+        policy.backward(loss)
+        drift = (logp.detach() - old_logp).abs().sum().item() / mask.sum().item()
+        parts.append((int(mask.sum()), metrics | {"loss": loss.item(), "drift": drift}))
+    merged = merge_metrics(parts)
+    dropped = merged["dropped_sequences" if by_response else "dropped_tokens"]
+    scale = count / max(count - dropped, 1)  # dropped responses leave the denominator too
+    norm = policy.step(lr, scale)
+    return merged | {"loss": merged["loss"] * scale, "grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
+
+
+def merge_metrics(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Metrics of several passes as those of one: sums and extremes where the name says so, else means over tokens."""
+    total, merged = sum(n for n, _ in parts), {}
+    for name in parts[0][1]:
+        values = [metrics[name] for _, metrics in parts]
+        if name == "loss" or name.startswith(("dropped", "skipped")):
+            merged[name] = sum(values)
+        elif name.endswith(("_min", "_max")):
+            merged[name] = min(values) if name.endswith("_min") else max(values)
+        else:
+            merged[name] = sum(n * v for (n, _), v in zip(parts, values)) / total
+    return merged
+
+
+def update(policy: Policy, groups: list[list[Rollout]], cfg: Config, step: int) -> dict[str, float]:
+    """All updates of one batch of rollouts: mini-batches of whole groups, in shuffled order."""
+    order = random.Random(derive_seed(cfg.seed, "mini-batch", step)).sample(groups, len(groups))
+    lr = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1))  # step counts from 1: the first one learns
+    done: list[dict[str, float]] = []
+    for i in tqdm(range(0, len(order), cfg.prompts_per_mini_batch), desc="update", leave=False, disable=None):
+        mini = [r for group in order[i : i + cfg.prompts_per_mini_batch] for r in group]
+        done.append(update_mini_batch(policy, mini, cfg, lr))
+        if done[0]["drift"] > policy.tolerance:
+            raise FipoError(f"step {step}: before any update the ratio is not 1 (mean |Δlog p| = {done[0]['drift']:.2g}). "
+                            "Does the model use dropout? Set it to 0 in its config.json.")  # fmt: skip
+    merged = merge_metrics([(1, m) for m in done])
+    merged |= {"loss": merged["loss"] / len(done), "lr": lr,
+               "influence_first": done[0]["influence_mean"], "influence_last": done[-1]["influence_mean"]}  # fmt: skip
+    names = {"future_kl_mean": "future_kl/mean", "ppo_kl": "policy_kl"}
+    return {names.get(k, k.replace("influence_", "influence/")): v for k, v in merged.items() if k != "dropped_tokens"}
+
+
+# ----------------------------------------------------------------------------------------- 10. Loop and evaluation
+
+
+class NoSignal(FipoError):
+    """Too few groups with both right and wrong answers."""
+
+
+def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> list[Problem]:
+    """Problems number cursor … cursor + n − 1 of the endless stream that reshuffles the list every epoch."""
+    size, drawn = len(problems), []
+    for epoch in range(cursor // size, (cursor + n - 1) // size + 1):
+        order = random.Random(derive_seed(seed, "epoch", epoch)).sample(problems, size)
+        drawn += order[max(cursor - epoch * size, 0) : cursor + n - epoch * size]
+    return drawn
+
+
+def group_accuracy(group: list[Rollout]) -> float:
+    return sum(r.correct for r in group) / len(group)
+
+
+def collect_rollouts(sampler: HFSampler, policy: Policy, problems: list[Problem], cfg: Config, step: int,
+                     cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
+    """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
+
+    Returns the groups, what was seen (over everything sampled, kept or not) and the new place in the data.
+    """
+    seen: list[list[Rollout]] = []
+    kept: list[list[Rollout]] = []
+    for n_round in range(1, 1 + (cfg.max_gen_rounds if cfg.dynamic_sampling else 1)):
+        drawn = draw_problems(problems, cursor, cfg.prompts_per_round, cfg.seed)
+        cursor += len(drawn)
+        seed = derive_seed(cfg.seed, "rollout", step, n_round)
+        fresh = sampler.generate(drawn, cfg.group_size, cfg.max_response, cfg.temperature, 1.0, seed)
+        check_rollouts([r for group in fresh for r in group], policy.tokenizer, cfg.verifier)
+        seen += fresh
+        kept += [group for group in fresh if 0 < group_accuracy(group) < 1]
+        if len(kept) >= cfg.prompts_per_batch:
+            break
+    accuracy = sum(map(group_accuracy, seen)) / len(seen)
+    if cfg.dynamic_sampling and len(kept) < cfg.prompts_per_batch:
+        hint = "harder problems" if accuracy > 0.5 else "easier problems, a larger --group_size or --max_response"
+        raise NoSignal(f"step {step}: after {n_round} rounds only {len(kept)} of {len(seen)} groups hold both right and "
+                       f"wrong answers, for a batch of {cfg.prompts_per_batch}; accuracy seen: {accuracy:.1%}. Give "
+                       f"{hint}, or a smaller --prompts_per_batch.")  # fmt: skip
+    lengths = [len(r.response_ids) for group in seen for r in group]
+    stats = {"accuracy": accuracy, "response_length/mean": sum(lengths) / len(lengths),
+             "response_length/max": max(lengths), "gen_rounds": n_round, "tokens_per_second": sum(lengths)}  # fmt: skip
+    return (kept if cfg.dynamic_sampling else seen)[: cfg.prompts_per_batch], stats, cursor
+
+
+def evaluate(sampler: HFSampler, tokenizer: Any, problems: list[Problem], cfg: EvalConfig,
+             step: int = 0) -> tuple[dict[str, float], list[list[Rollout]]]:  # fmt: skip
+    """avg@n, cons@n, pass@k and mean length over n = eval_samples responses a problem; and the responses."""
+    n, k, seed = cfg.eval_samples, cfg.eval_k or cfg.eval_samples, derive_seed(cfg.seed, "eval", step)
+    groups = sampler.generate(problems, n, cfg.max_response, cfg.eval_temperature, cfg.eval_top_p, seed)
+    for group in groups:
+        check_rollouts(group, tokenizer, cfg.verifier)
+    scores = {
+        "eval/accuracy": [group_accuracy(group) for group in groups],
+        "eval/cons": [majority_correct(group, cfg.verifier) for group in groups],
+        "eval/pass": [pass_at_k(n, sum(r.correct for r in group), k) for group in groups],
+        "eval/response_length": [sum(len(r.response_ids) for r in group) / n for group in groups],
+    }
+    return {name: sum(values) / len(values) for name, values in scores.items()}, groups
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The unbiased chance that k of n responses, `correct` of them right, hold a right one: 1 − C(n−c, k) / C(n, k)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority_correct(group: list[Rollout], verifier: str) -> bool:
+    """Is the most frequent answer right? A response without an answer does not vote; ties fall to the one seen first."""
+    votes: dict[str, list[Rollout]] = {}
+    for r in group:
+        answer = VERIFIERS[verifier][1](r.text)
+        if answer is not None:
+            votes.setdefault(answer, []).append(r)
+    return bool(votes) and max(votes.values(), key=len)[0].correct
+
+
+# ------------------------------------------------------------------------------------ Checkpoints, logs and signals
+
+
+@dataclass
+class State:
+    """Where a run stands between two steps: with weights and optimiser, all that resuming needs."""
+
+    step: int = 0  # batches of rollouts trained on
+    cursor: int = 0  # place in the stream of problems
+    line: dict[str, float] = field(default_factory=lambda: {"step": 0})  # metrics of `step`, written when evaluated
+
+
+def save_checkpoint(policy: Policy, state: State) -> None:
+    """Write the policy and state.json: whole and under the final name, or not at all. Two checkpoints are kept."""
+    final = Path(policy.cfg.out) / "checkpoints" / f"step_{state.step:06d}"
+    if final.exists():
+        return
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    policy.save(partial)
+    (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
+    sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+    (partial / "manifest.json").write_text(json.dumps(sizes))
+    for file in partial.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    partial.rename(final)
+    for old in sorted(final.parent.glob("step_??????"))[:-2]:
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that is whole; says which are not. None if the run has none yet."""
+    found = sorted((out / "checkpoints").glob("step_??????"), reverse=True)
+    for folder in found:
+        try:
+            sizes = json.loads((folder / "manifest.json").read_text())
+            cut = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+        except (OSError, ValueError) as error:
+            cut = [str(error)]
+        if not cut:
+            return folder
+        say(f"checkpoint {folder} is damaged ({', '.join(cut)}): falling back to the one before.")
+    require(not found, f"no checkpoint in {out / 'checkpoints'} is whole: start anew with another --out.")
+    return None
+
+
+def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Take out what was written after the checkpoint (it will be written again, to the same digit) or cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line for line in lines if line.endswith("\n") and keep(json.loads(line))))
+    partial.replace(path)
+
+
+def log_samples(cfg: Config, step: int, kind: str, groups: list[list[Rollout]]) -> None:
+    rows = [{"step": step, "kind": kind, "prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer,
+             "correct": r.correct, "reward": r.reward, "length": len(r.response_ids)}
+            for r, *_ in groups[: cfg.log_samples]]  # fmt: skip
+    append_jsonl(Path(cfg.out) / "samples.jsonl", rows)
+
+
+def readable(line: dict[str, float]) -> str:
+    text = f"step {line['step']:4d}"
+    if "accuracy" in line:
+        text += (f"  accuracy {line['accuracy']:5.1%}  length {line['response_length/mean']:6.1f}  "
+                 f"f {line['influence/last']:.3f}  clip {line['clip_frac']:5.2%}  entropy {line['entropy']:.3f}  "
+                 f"grad {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    if "eval/accuracy" in line:
+        text += f"  | evaluation: accuracy {line['eval/accuracy']:.1%}, length {line['eval/response_length']:.1f}"
+    return text
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came, and the run may stop now."""
+
+
+class Signals:
+    """SIGINT and SIGTERM raise Interrupted at once, or, while `busy` with an update or a save, when that is done."""
+
+    def __init__(self) -> None:
+        self.busy = self.asked = False
+        signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)
+
+    def on_signal(self, *_: Any) -> None:
+        self.asked = True
+        self.set_busy(self.busy)
+
+    def set_busy(self, busy: bool) -> None:
+        self.busy = busy
+        if self.asked and not busy:
+            raise Interrupted
+
+
+def train(cfg: Config) -> None:
+    """Train as `cfg` says; everything lands in cfg.out. Raises Interrupted if a signal ended the run early."""
+    cfg = resolve(cfg)
+    out, state = Path(cfg.out), State()
+    used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
+    require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
+    resumed = newest_checkpoint(out) if cfg.resume else None
+    policy = Policy(str(resumed or cfg.model), cfg)
+    context = policy.model.config.max_position_embeddings
+    problems = encode_problems(cfg.data, policy.tokenizer, context, cfg)
+    eval_problems = encode_problems(cfg.eval_data, policy.tokenizer, context, cfg) if cfg.eval_data else []
+    sampler = HFSampler(policy, policy.eos_ids(), cfg.rollout_rows)
+    if resumed:
+        policy.load_optimizer(resumed)
+        state = State(**json.loads((resumed / "state.json").read_text()))
+        say(f"resuming after step {state.step} from {resumed}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+    rewind_jsonl(out / "metrics.jsonl", lambda row: row["step"] < state.step)
+    rewind_jsonl(out / "samples.jsonl", lambda row: row["step"] < state.step + (row["kind"] == "train"))
+    signals = Signals()
+    try:
+        training_loop(cfg, policy, sampler, problems, eval_problems, state, signals)
+    except (Interrupted, NoSignal):
+        signals.busy = True
+        save_checkpoint(policy, state)
+        say(f"saved step {state.step} in {out / 'checkpoints'}; --resume goes on from there.")
+        raise
+
+
+def training_loop(cfg: Config, policy: Policy, sampler: HFSampler, problems: list[Problem],
+                  eval_problems: list[Problem], state: State, signals: Signals) -> None:  # fmt: skip
+    """The one loop of every machine. Until the first update of a step nothing has changed, and a signal may end it."""
+    if cfg.wandb:
+        with explain("--wandb (pip install wandb)"):
+            import wandb
+
+            wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), dir=cfg.out)
+    while True:
+        if eval_problems and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
+            measured, groups = evaluate(sampler, policy.tokenizer, eval_problems, cfg, state.step)
+            state.line |= measured
+            log_samples(cfg, state.step, "eval", groups)
+        append_jsonl(Path(cfg.out) / "metrics.jsonl", [state.line])
+        if cfg.wandb:
+            wandb.log(state.line, step=state.step)
+        say(readable(state.line))
+        if state.step >= cfg.steps:
+            return
+        step, t0 = state.step + 1, time.perf_counter()
+        groups, seen, cursor = collect_rollouts(sampler, policy, problems, cfg, step, state.cursor)
+        rollouts = [r for group in groups for r in group]
+        assign_rewards(rollouts, cfg)
+        assign_advantages(groups)
+        if not any(r.advantage for r in rollouts):
+            raise NoSignal(f"step {step}: in every group all rewards are equal, so nothing can be learned: give problems "
+                           f"nearer to what the model can do (accuracy seen: {seen['accuracy']:.1%}).")  # fmt: skip
+        t1 = time.perf_counter()
+        scored = score_old_logp(policy, rollouts)
+        t2 = time.perf_counter()
+        signals.set_busy(True)
+        updated = update(policy, groups, cfg, step)
+        sampler.sync()
+        t3 = time.perf_counter()
+        seen["tokens_per_second"] /= t3 - t0
+        reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
+        times = {"time/rollout": t1 - t0, "time/score": t2 - t1, "time/update": t3 - t2}
+        state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | times
+        log_samples(cfg, step, "train", groups)
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            save_checkpoint(policy, state)
+        signals.set_busy(False)
+
+
+# ------------------------------------------------------------------------------------------------ The command line
+
+
+def run_eval(cfg: EvalConfig) -> None:
+    """Evaluate a model; prints the numbers, and with --out also writes them and every response there."""
+    n, k = cfg.eval_samples, cfg.eval_k or cfg.eval_samples
+    require(cfg.data, "--data is missing: give a .jsonl, .json or .parquet file, or a hub name.")
+    require(1 <= k <= n, f"--eval_k ({k}) must lie between 1 and --eval_samples ({n}).")
+    policy = Policy(cfg.model, cfg)
+    problems = encode_problems(cfg.data, policy.tokenizer, policy.model.config.max_position_embeddings, cfg)
+    sampler = HFSampler(policy, policy.eos_ids(), cfg.rollout_rows)
+    measured, groups = evaluate(sampler, policy.tokenizer, problems, cfg)
+    say(f"{cfg.data}: {len(problems)} problems × {n} responses at temperature {cfg.eval_temperature}, top-p {cfg.eval_top_p}\n"
+        f"avg@{n} {measured['eval/accuracy']:.1%}   cons@{n} {measured['eval/cons']:.1%}   "
+        f"pass@{k} {measured['eval/pass']:.1%}   mean length {measured['eval/response_length']:.1f} tokens")  # fmt: skip
+    if cfg.out:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | measured, indent=2))
+        rows = [{"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct}
+                for group in groups for r in group]  # fmt: skip
+        (Path(cfg.out) / "responses.jsonl").unlink(missing_ok=True)
+        append_jsonl(Path(cfg.out) / "responses.jsonl", rows)
+
+
+@contextlib.contextmanager
+def one_clear_sentence() -> Iterator[None]:
+    """What a user can mend becomes one sentence on stderr and exit status 1; a saved interruption exits with 0."""
+    try:
+        yield
+    except FipoError as error:
+        sys.exit(f"fipo: {error}")
+    except Interrupted:
+        sys.exit(0)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is only that
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        sys.exit("fipo: out of memory: lower --tokens_per_micro_batch (scoring, updates) or --rollout_rows (rollouts), "
+                 "or set --gradient_checkpointing.")  # fmt: skip
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
+    "train": (Config, train, "train a model by FIPO, DAPO or GRPO"),
+    "eval": (EvalConfig, run_eval, "avg@n, cons@n, pass@k and mean length of a model on a set of problems"),
+}
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if not argv or argv[0] not in COMMANDS:
+        sys.exit(f"fipo: the first word must be {' or '.join(COMMANDS)}, as in `python fipo.py train --help`.")
+    config, command, purpose = COMMANDS[argv[0]]
+    parser = HfArgumentParser(config, prog=f"fipo.py {argv[0]}", description=purpose)
+    with one_clear_sentence():
+        command(config(**vars(parser.parse_args(argv[1:]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,268 @@
+"""The run anyone can make: `python train_small.py`, with no argument, on any machine.
+
+Without a GPU, or without a model to be had, it is the *embedded* run. A tiny Qwen2 that reads characters is first
+pretrained, for about a minute and a half, on a corpus like the internet's: most answers to a sum are short and
+sloppy, some are worked out, and a few are worked out and then checked in reverse order. Longer is rarer and more often
+right. Then FIPO rewards right answers on problems that were not in the corpus, and the model comes to think longer.
+The base model is cached: the next run starts at once.
+
+With a GPU it trains Qwen2.5-0.5B on GSM8K; `--model` chooses another model. Every setting of `fipo.py train` can be
+given here too. All of a run lies under --out.
+
+  python train_small.py --algorithm dapo --seed 1 --out runs/dapo-1
+  python train_small.py --model Qwen/Qwen2.5-1.5B --steps 200
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from tqdm import trange
+from transformers import AutoConfig, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+import fipo
+from fipo import say
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------- Settings
+
+EMBEDDED = dict(
+    steps=32, group_size=16, prompts_per_batch=32, prompts_per_mini_batch=4, max_prompt=16, max_response=96,
+    overlong_buffer=16, lr=2e-4, warmup_steps=1, rollout_rows=512, tokens_per_micro_batch=16384, eval_every=10,
+    eval_samples=1, eval_top_p=1.0, dtype="float32",
+)  # fmt: skip
+QWEN = dict(
+    model="Qwen/Qwen2.5-0.5B", data="openai/gsm8k:main", eval_data="openai/gsm8k:main:test", steps=100, group_size=8,
+    prompts_per_batch=64, prompts_per_mini_batch=16, max_prompt=512, max_response=1024, overlong_buffer=256,
+    rollout_rows=256, tokens_per_micro_batch=16384, gradient_checkpointing=True, eval_every=20, eval_samples=1,
+    eval_top_p=1.0,
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------- The task
+
+OPERANDS = 4  # a problem is a sum of so many digits from 1 to 9
+# What the corpus holds: style, share of documents, chance of a slip in each addition.
+STYLES = [("short", 0.80, None), ("worked", 0.17, 0.02), ("checked", 0.03, 0.0)]
+CHARACTERS = "0123456789+=,?\n:Answer "
+END = "<|endoftext|>"
+
+
+def all_problems() -> list[list[int]]:
+    """Every sum there is, in an order that is the same on every machine: held out, for RL, for the corpus."""
+    sums = [[i // 9**k % 9 + 1 for k in range(OPERANDS)] for i in range(9**OPERANDS)]
+    return random.Random(0).sample(sums, len(sums))
+
+
+HELD_OUT, FOR_RL = slice(0, 512), slice(512, 3072)
+FOR_CORPUS = slice(3072, None)
+
+
+def question(digits: list[int]) -> str:
+    return "+".join(map(str, digits)) + "=?\n"
+
+
+def steps_of(digits: list[int], slip: float, rng: random.Random) -> tuple[str, int]:
+    """Additions from left to right, each off by one with chance `slip`; and where they arrive."""
+    total, steps = digits[0], []
+    for digit in digits[1:]:
+        result = total + digit + (rng.choice([-1, 1]) if rng.random() < slip else 0)
+        steps.append(f"{total}+{digit}={result}")
+        total = result
+    return ",".join(steps) + "\n", total
+
+
+def answer(digits: list[int], style: str, slip: float | None, rng: random.Random) -> str:
+    """A document's answer. Short: a guess, off by 1 to 3 in four of five. Checked: what the second pass arrives at."""
+    if style == "short":
+        miss = rng.choice([-3, -2, -1, 1, 2, 3]) if rng.random() < 0.8 else 0
+        return f"Answer: {max(OPERANDS, sum(digits) + miss)}"
+    work, total = steps_of(digits, slip, rng)
+    if style == "checked":
+        check, total = steps_of(digits[::-1], slip, rng)
+        work += check
+    return f"{work}Answer: {total}"
+
+
+# ------------------------------------------------------------------------------------------------- The base model
+
+
+def character_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's own tokenizer without merges: it reads characters (and writes the space as Ġ, the line break as Ċ)."""
+    characters = CHARACTERS.replace(" ", "Ġ").replace("\n", "Ċ")
+    vocabulary = {c: i for i, c in enumerate([END, *dict.fromkeys(characters)])}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=END, pad_token=END, unk_token=END)
+
+
+def corpus_batch(n: int, problems: list[list[int]], tokenizer: Any, rng: random.Random) -> list[tuple[int, list[int]]]:
+    """`n` documents as (prompt length, ids), the shortest first."""
+    prompts, answers = [], []
+    for style, _, slip in rng.choices(STYLES, [share for _, share, _ in STYLES], k=n):
+        digits = rng.choice(problems)
+        prompts.append(question(digits))
+        answers.append(answer(digits, style, slip, rng) + END)
+    pairs = zip(tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"])
+    return sorted(((len(p), p + a) for p, a in pairs), key=lambda document: len(document[1]))
+
+
+def pretrain(folder: Path, steps: int, batch: int = 96, lr: float = 5e-3) -> None:
+    """Make the base model, an ordinary Hugging Face folder: a Qwen2 trained to continue a prompt as the corpus does."""
+    torch.manual_seed(0)
+    rng, tokenizer, problems = random.Random(0), character_tokenizer(), all_problems()[FOR_CORPUS]
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+                    bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    for step in (bar := trange(steps, desc="pretraining", leave=False, disable=None)):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * max(0.02, 1 - step / steps)
+        documents = corpus_batch(batch, problems, tokenizer, rng)
+        tokens = sum(len(ids) - start for start, ids in documents)
+        short = sum(len(ids) < 25 for _, ids in documents)
+        total = 0.0
+        for part in (documents[:short], documents[short:]):  # two lengths: hardly any padding
+            if part:
+                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for _, ids in part], batch_first=True)
+                at = torch.arange(ids.shape[1])
+                start = torch.tensor([[start] for start, _ in part])
+                end = torch.tensor([[len(ids)] for _, ids in part])
+                labels = ids.masked_fill((at < start) | (at >= end), -100)  # only answers are learnt
+                logits = model(ids).logits[:, :-1]
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+                (loss / tokens).backward()
+                total += loss.item() / tokens
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def embedded_run(out: Path, pretrain_steps: int) -> dict[str, Any]:
+    """Settings of the embedded run: the base model, from the cache if it is there, and the problem files."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fipo"
+    recipe = fipo.derive_seed(OPERANDS, STYLES, CHARACTERS, pretrain_steps)
+    base = cache / f"base-{recipe:08x}"
+    if base.is_dir():
+        say(f"base model: {base} (cached)")
+    else:
+        say(f"base model: pretraining for {pretrain_steps} steps, once; then cached in {base}")
+        cache.mkdir(parents=True, exist_ok=True)
+        pretrain(base, pretrain_steps)
+    files, problems = {}, all_problems()
+    (out / "problems").mkdir(parents=True, exist_ok=True)
+    for name, part in (("data", FOR_RL), ("eval_data", HELD_OUT)):
+        path = out / "problems" / f"{name}.jsonl"
+        rows = [json.dumps({"prompt": question(digits), "answer": str(sum(digits))}) + "\n" for digits in problems[part]]
+        path.write_text("".join(rows))
+        files[name] = str(path)
+    return EMBEDDED | files | {"model": str(base)}
+
+
+# --------------------------------------------------------------------------------------------------- What came out
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def report(out: Path) -> None:
+    """Before and after on problems never trained on: a table, three responses, curves.png."""
+    lines = read_jsonl(out / "metrics.jsonl")
+    before, *_, after = [line for line in lines if "eval/accuracy" in line]
+    say(f"\n{'held-out problems':24}{'before':>10}{'after':>10}\n"
+        f"{'accuracy':24}{before['eval/accuracy']:>10.1%}{after['eval/accuracy']:>10.1%}\n"
+        f"{'mean length, tokens':24}{before['eval/response_length']:>10.1f}{after['eval/response_length']:>10.1f}")  # fmt: skip
+    samples = [s for s in read_jsonl(out / "samples.jsonl") if s["kind"] == "eval"]
+    for old in [s for s in samples if s["step"] == before["step"]]:
+        new = next(s for s in samples if s["step"] == after["step"] and s["prompt"] == old["prompt"])
+        prompt = old["prompt"] if isinstance(old["prompt"], str) else old["prompt"][-1]["content"]
+        say(f"\n{prompt.strip()}   (right: {old['answer']})")
+        for when, sample in (("before", old), ("after", new)):
+            verdict = "right" if sample["correct"] else "wrong"
+            say(f"  {when:7}{verdict:7}" + sample["response"].strip().replace("\n", "\n" + " " * 16))
+    plot_curves(lines, out / "curves.png")
+    say(f"\npicture: {out / 'curves.png'}   numbers: {out / 'metrics.jsonl'}   model: {out / 'checkpoints'}")
+
+
+def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    trained = [line for line in lines if "accuracy" in line]
+    evaluated = [line for line in lines if "eval/accuracy" in line]
+    figure, ((accuracy, length), (influence, entropy)) = plt.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
+
+    def draw(axes: Any, rows: list[dict[str, Any]], name: str, label: str, **style: Any) -> None:
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, **style)
+
+    draw(accuracy, trained, "accuracy", "rollouts", color="C0")
+    draw(accuracy, evaluated, "eval/accuracy", "held out", color="C1", marker="o")
+    accuracy.set(title="Accuracy", ylim=(0, 1.02))
+    draw(length, trained, "response_length/mean", "rollouts", color="C0")
+    draw(length, evaluated, "eval/response_length", "held out", color="C1", marker="o")
+    length.set(title="Response length, tokens", ylim=(0, None))
+    draw(influence, trained, "influence/mean", "mean f, all updates", color="C2")
+    draw(influence, trained, "influence/last", "mean f, last update", color="C2", linestyle="--")
+    influence.set(title="Influence weight f, and share of tokens at its bounds")
+    share = influence.twinx()
+    draw(share, trained, "influence/frac_low", "share at the lower bound", color="C7", linestyle=":")
+    draw(share, trained, "influence/frac_high", "share at the upper bound", color="C3", linestyle=":")
+    share.set(ylim=(0, 1), ylabel="share")
+    draw(entropy, trained, "entropy", "rollouts", color="C4")
+    entropy.set(title="Entropy of the policy, nats a token", ylim=(0, None))
+    for axes in (accuracy, length, entropy):
+        axes.legend()
+    handles = [h for axes in (influence, share) for h in axes.get_legend_handles_labels()[0]]
+    share.legend(handles=handles, fontsize="small")
+    for axes in (accuracy, length, influence, entropy):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def hub_reachable(model: str) -> bool:
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def main(argv: list[str]) -> None:
+    parser = HfArgumentParser(fipo.Config, description=__doc__)
+    parser.add_argument("--pretrain_steps", type=int, default=1200, help="embedded run: steps of making the base model")
+    given = parser.parse_args(argv)
+    with fipo.one_clear_sentence():
+        out = Path(given.out or f"runs/{given.algorithm}-{given.seed}")
+        if not given.model and not (torch.cuda.is_available() and hub_reachable(QWEN["model"])):
+            say("embedded run: a tiny Qwen2 on sums of digits (no GPU here, or no model to be had)")
+            defaults = embedded_run(out, given.pretrain_steps)
+        else:
+            defaults = QWEN | ({"model": given.model} if given.model else {})
+            say(f"{defaults['model']} on GSM8K, {'GPU' if torch.cuda.is_available() else 'CPU: this will be slow'}")
+        parser.set_defaults(**defaults, out=str(out))
+        settings = vars(parser.parse_args(argv))
+        del settings["pretrain_steps"]
+        cfg = fipo.Config(**settings)
+        try:
+            fipo.train(cfg)
+        except fipo.NoSignal as solved:
+            say(f"stopped early. {solved}")
+        report(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
