@@ -150,7 +150,7 @@ def explain(attempt: str) -> Iterator[None]:
     """Turn another library's failure to read something into one sentence."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise FipoError(f"{attempt} failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
 
 
@@ -560,8 +560,8 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
             "influence_mean": some.mean(),
             "influence_min": some.min(),
             "influence_max": some.max(),
-            "influence_frac_low": (mask & (influence < weight_range[0])).sum() / n,
-            "influence_frac_high": (mask & (influence > weight_range[1])).sum() / n,
+            "influence_frac_low": (mask & (influence < weight_range[0] - 1e-4)).sum() / n,  # cut by more than rounding
+            "influence_frac_high": (mask & (influence > weight_range[1] + 1e-4)).sum() / n,
             "future_kl_mean": (F * mask).sum() / n,
             "dropped_sequences": dropped.sum(),
             "dropped_tokens": (mask & dropped).sum(),
@@ -887,7 +887,7 @@ def readable(line: dict[str, float]) -> str:
     return text
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except Exception` on the way swallows it
     """SIGINT or SIGTERM came, and the run may stop now."""
 
 

@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ QWEN = dict(
 
 OPERANDS = 4  # a problem is a sum of so many digits from 1 to 9
 # What the corpus holds: style, share of documents, chance of a slip in each addition.
-STYLES = [("short", 0.80, None), ("worked", 0.17, 0.02), ("checked", 0.03, 0.0)]
+STYLES = [("short", 0.85, None), ("worked", 0.12, 0.02), ("checked", 0.03, 0.0)]
 CHARACTERS = "0123456789+=,?\n:Answer "
 END = "<|endoftext|>"
 
@@ -145,11 +146,14 @@ def pretrain(folder: Path, steps: int, batch: int = 96, lr: float = 5e-3) -> Non
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    if folder.exists():  # another run made it meanwhile
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
 
 
 def embedded_run(out: Path, pretrain_steps: int) -> dict[str, Any]:
@@ -161,7 +165,6 @@ def embedded_run(out: Path, pretrain_steps: int) -> dict[str, Any]:
         say(f"base model: {base} (cached)")
     else:
         say(f"base model: pretraining for {pretrain_steps} steps, once; then cached in {base}")
-        cache.mkdir(parents=True, exist_ok=True)
         pretrain(base, pretrain_steps)
     files, problems = {}, all_problems()
     (out / "problems").mkdir(parents=True, exist_ok=True)
@@ -243,7 +246,7 @@ def hub_reachable(model: str) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = HfArgumentParser(fipo.Config, description=__doc__)
-    parser.add_argument("--pretrain_steps", type=int, default=1200, help="embedded run: steps of making the base model")
+    parser.add_argument("--pretrain_steps", type=int, default=1300, help="embedded run: steps of making the base model")
     given = parser.parse_args(argv)
     with fipo.one_clear_sentence():
         out = Path(given.out or f"runs/{given.algorithm}-{given.seed}")

@@ -1,0 +1,179 @@
+"""The command line: help, one clear sentence for each mistake, and train_small.py as a user runs it."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, flags, read_jsonl, write_jsonl
+
+import fipo
+import train_small
+
+
+def fails(argv: list[str], capsys, said: str) -> None:
+    """The command ends with a non-zero status and one sentence that holds `said`."""
+    with pytest.raises(SystemExit) as stop:
+        fipo.main(argv)
+    sentence = capsys.readouterr().err if stop.value.code == 2 else str(stop.value.code)
+    assert stop.value.code not in (0, None) and re.search(said, sentence), sentence
+    assert len(sentence.splitlines()) == 1 or stop.value.code == 2
+
+
+MISTAKES = {
+    "no model": (dict(model=""), "--model: there is no folder"),
+    "missing model folder": (dict(model="./no/such/folder"), "no folder './no/such/folder'"),
+    "no data": (dict(data=""), "--data is missing"),
+    "no out": (dict(out=""), "--out is missing"),
+    "missing file": (dict(data="missing.jsonl"), "there is no file missing.jsonl"),
+    "one response a group": (dict(group_size=1), "at least 2 responses"),
+    "mini-batch larger than the batch": (dict(prompts_per_mini_batch=8), "must be at most --prompts_per_batch"),
+    "mini-batch does not divide the batch": (dict(prompts_per_mini_batch=3), "divide it"),
+    "limit inside the overlong buffer": (dict(overlong_buffer=32), "must exceed --overlong_buffer"),
+    "prompt and response exceed the context": (dict(max_response=250), "exceed the model's context of 256"),
+    "every prompt too long": (dict(max_prompt=3), "every prompt is longer than --max_prompt 3"),
+    "weight range upside down": (dict(weight_range=[1.2, 1.0]), "0 ≤ lo ≤ hi"),
+    "weight range of one number": (dict(weight_range=[1.0]), "give two numbers"),
+    "no temperature": (dict(temperature=0.0), "--temperature is 0.0: it must be above 0"),
+    "no steps": (dict(steps=0), "--steps is 0"),
+    "rounds without dynamic sampling": (dict(algorithm="grpo", prompts_per_round=8), "needs --dynamic_sampling"),
+    "wandb not installed": (dict(wandb="project"), "pip install wandb"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_one_sentence(small, capsys, mistake):
+    change, said = MISTAKES[mistake]
+    fails(["train", *flags(dataclasses.replace(small, **change))], capsys, said)
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([], "is empty"),
+    ([{"foo": "1"}], r"has the columns \['foo'\]"),
+    ([{"prompt": "1+1="}], "has the columns"),
+    ([{"prompt": "1+1=", "answer": None}], "row 1 has no answer"),
+])  # fmt: skip
+def test_bad_data_is_told_in_one_sentence(small, tmp_path, capsys, rows, said):
+    write_jsonl(tmp_path / "bad.jsonl", rows)
+    fails(["train", *flags(dataclasses.replace(small, data=str(tmp_path / "bad.jsonl")))], capsys, said)
+
+
+def test_groups_without_signal_are_told_in_one_sentence(small, tmp_path, capsys):
+    write_jsonl(tmp_path / "hard.jsonl", [{"prompt": "1+1=?\n", "answer": "none"}])
+    fails(["train", *flags(dataclasses.replace(small, data=str(tmp_path / "hard.jsonl")))], capsys, "accuracy seen: 0.0%")
+
+
+def test_a_folder_that_holds_another_run_is_refused(small, capsys):
+    Path(small.out).mkdir()
+    write_jsonl(Path(small.out) / "metrics.jsonl", [{"step": 0}])
+    fails(["train", *flags(small)], capsys, "holds another run: go on with it by --resume")
+
+
+def test_a_model_folder_without_a_model_is_told(small, tmp_path, capsys):
+    fails(["train", *flags(dataclasses.replace(small, model=str(tmp_path)))], capsys, "loading a model from .* failed")
+
+
+def test_unknown_flag_and_unknown_command(small, capsys):
+    fails(["train", *flags(small), "--learning_rate", "1"], capsys, "unrecognized arguments: --learning_rate")
+    fails(["trian"], capsys, "first word must be train or eval")
+    fails(["eval", "--model", small.model, "--data", small.data, "--eval_k", "99"], capsys, "--eval_k")
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+])  # fmt: skip
+def test_out_of_memory_names_the_knobs(error):
+    with pytest.raises(SystemExit, match="--tokens_per_micro_batch.*--rollout_rows.*--gradient_checkpointing"):
+        with fipo.one_clear_sentence():
+            raise error
+
+
+def test_out_of_memory_for_real():
+    import torch
+
+    with pytest.raises(SystemExit, match="out of memory"), fipo.one_clear_sentence():
+        torch.empty(1 << 60)
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(RuntimeError, match="a bug"), fipo.one_clear_sentence():
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fipo.main(argv)
+        sys.exit(0)
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "Future-KL" in text if argv == ["--help"] else "--max_response" in text
+
+
+def test_every_setting_has_a_line_of_help():
+    assert all(f.metadata.get("help") for f in dataclasses.fields(fipo.Config))
+
+
+def test_a_mistake_ends_the_process_without_a_traceback():
+    done = subprocess.run([sys.executable, str(ROOT / "fipo.py"), "train", "--model", "m"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "fipo: --data is missing" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------- train_small.py
+
+
+def small_run(out: Path, cache: Path, *extra: str) -> subprocess.CompletedProcess:
+    quick = ["--pretrain_steps", "60", "--group_size", "8", "--prompts_per_batch", "4", "--prompts_per_mini_batch", "2",
+             "--max_response", "32", "--eval_every", "2", "--save_every", "1"]  # fmt: skip
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(ROOT / "train_small.py"), "--out", str(out), *quick, *extra],
+                          capture_output=True, text=True, env=environment)  # fmt: skip
+
+
+def test_train_small_as_a_user_runs_it(tmp_path):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    first = small_run(out, cache, "--steps", "2")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.startswith("embedded run") and "pretraining for 60 steps" in first.stdout
+    assert re.search(r"accuracy +[\d.]+% +[\d.]+%", first.stdout) and "mean length" in first.stdout
+    assert first.stdout.count("before ") >= 3 and "Traceback" not in first.stderr
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert {p.name for p in out.iterdir()} == {"checkpoints", "config.json", "curves.png", "metrics.jsonl", "problems",
+                                               "samples.jsonl"}  # fmt: skip
+    refused = small_run(out, cache, "--steps", "3")
+    assert refused.returncode == 1 and "holds another run" in refused.stderr
+    more = small_run(out, cache, "--steps", "3", "--resume")
+    assert more.returncode == 0 and "cached" in more.stdout and "resuming after step 2" in more.stdout
+    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    shutil.rmtree(out)
+
+
+def test_train_small_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_small.main(["--help"])
+    assert stop.value.code == 0 and "embedded" in capsys.readouterr().out
+
+
+def test_held_out_problems_are_neither_in_the_corpus_nor_trained_on():
+    parts = [{tuple(d) for d in train_small.all_problems()[s]} for s in
+             (train_small.HELD_OUT, train_small.FOR_RL, train_small.FOR_CORPUS)]  # fmt: skip
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 9**train_small.OPERANDS
+
+
+def test_the_corpus_says_what_the_readme_says():
+    """Longer answers are rarer and more often right."""
+    import random
+
+    rng, share, right, length = random.Random(0), {}, {}, {}
+    for style, weight, slip in train_small.STYLES:
+        texts = [(d, train_small.answer(d, style, slip, rng)) for d in train_small.all_problems()[:1000]]
+        share[style] = weight
+        right[style] = sum(fipo.verify(text, str(sum(d))) for d, text in texts) / 1000
+        length[style] = sum(len(text) for _, text in texts) / 1000
+    assert share["short"] > share["worked"] > share["checked"]
+    assert right["short"] < 0.3 < 0.9 < right["worked"] < right["checked"] == 1
+    assert length["short"] < length["worked"] / 2.5 < length["checked"] / 4

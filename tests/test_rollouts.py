@@ -1,0 +1,195 @@
+"""Rollouts, log-probs and evaluation: one policy, seen by the sampler and by the trainer."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import fipo
+from fipo import HFSampler, Policy, Problem, Rollout, token_logprobs
+
+
+@pytest.fixture(scope="module")
+def policy(base) -> Policy:
+    return Policy(base, fipo.Config(model=base, max_response=32, tokens_per_micro_batch=512))
+
+
+@pytest.fixture(scope="module")
+def problems(policy) -> list[Problem]:
+    prompts = ["1+2+3+4=?\n", "9+9=?\n", "5+5+5+5+5+5=?\n", "1+1+1=?\n", "7=?\n"]  # of different lengths
+    return [Problem(p, "10", policy.tokenizer(p)["input_ids"]) for p in prompts]
+
+
+def generate(policy, problems, n=4, rows=512, **kw):
+    kw = dict(max_tokens=24, temperature=1.0, top_p=1.0, seed=1) | kw
+    return HFSampler(policy, policy.eos_ids(), rows).generate(problems, n, **kw)
+
+
+def full_logprobs(model, ids, temperature):
+    """The plain way, holding [B, L, V]: log π and entropy of token t at position t."""
+    logp = (model(ids).logits.float() / temperature).log_softmax(-1)[:, :-1]
+    entropy = -(logp.exp() * logp).sum(-1)
+    pad = torch.nn.functional.pad
+    return pad(logp.gather(-1, ids[:, 1:, None])[..., 0], (1, 0)), pad(entropy, (1, 0))
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_sampler_and_trainer_are_one_policy(policy, problems):
+    """Left padding, the shared prefill and the shrinking batch: the log-probs are those of a plain forward pass."""
+    for temperature in (1.0, 0.7):
+        policy.cfg.temperature = temperature
+        rollouts = [r for g in generate(policy, problems, temperature=temperature) for r in g]
+        assert fipo.score_old_logp(policy, rollouts)["sampler_mismatch"] < 1e-5
+    policy.cfg.temperature = 1.0
+
+
+def test_cold_sampling_is_greedy_decoding(policy, problems):
+    for group in generate(policy, problems, n=2, temperature=1e-6):
+        ids = torch.tensor([group[0].problem.prompt_ids])
+        greedy = policy.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+        greedy = greedy[0, ids.shape[1] :].tolist()
+        assert group[0].response_ids == group[1].response_ids == greedy
+
+
+def test_a_response_ends_with_its_first_eos_or_at_the_limit(policy, problems):
+    (eos,) = policy.eos_ids()
+    rollouts = [r for g in generate(policy, problems, n=16) for r in g]
+    ended = [r for r in rollouts if eos in r.response_ids]
+    assert 0 < len(ended) < len(rollouts), "both kinds must occur for this test to say anything"
+    assert all(r.response_ids.index(eos) == len(r.response_ids) - 1 for r in ended)
+    assert all(len(r.response_ids) == 24 for r in rollouts if r not in ended)
+
+
+def test_rows_at_a_time_change_only_the_random_numbers(policy, problems):
+    groups = generate(policy, problems, n=4, rows=4)
+    assert [g[0].problem for g in groups] == problems and all(len(g) == 4 for g in groups)
+    cold = dict(temperature=1e-6, n=1)
+    assert [g[0].response_ids for g in generate(policy, problems, rows=2, **cold)] == [
+        g[0].response_ids for g in generate(policy, problems, rows=512, **cold)
+    ]
+
+
+def test_same_seed_same_rollouts(policy, problems):
+    texts = [[r.response_ids for g in generate(policy, problems, seed=s) for r in g] for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_nucleus():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(2000, 4)
+    token, logp = fipo.sample_token(logits, 0.7, torch.Generator().manual_seed(0))
+    assert set(token.tolist()) == {0, 1}  # the smallest set that reaches 0.7
+    assert logp.exp()[token == 0][0].item() == pytest.approx(0.5 / 0.8)
+    assert (token == 0).float().mean().item() == pytest.approx(0.625, abs=0.04)
+    assert set(fipo.sample_token(logits, 0.1, torch.Generator())[0].tolist()) == {0}  # never empty
+
+
+# ------------------------------------------------------------------------------------------------------ log-probs
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_chunked_log_probs_and_gradients_are_the_full_ones(policy, problems, chunk, temperature):
+    rollouts = [g[0] for g in generate(policy, problems)]
+    ids, mask, _, _ = fipo.collate(rollouts, policy.device)
+    model = policy.model
+    for p in model.parameters():
+        p.grad = None
+    logp, entropy = token_logprobs(model, ids, mask, temperature, chunk)
+    weight = torch.randn(logp.shape)
+    (logp * weight).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    full, full_entropy = full_logprobs(model, ids, temperature)
+    torch.testing.assert_close(logp, torch.where(mask, full, 0.0))
+    torch.testing.assert_close(entropy, torch.where(mask, full_entropy, 0.0), atol=1e-5, rtol=1e-5)
+    (torch.where(mask, full, 0.0) * weight).sum().backward()
+    for ours, theirs in zip(grads, [p.grad for p in model.parameters()]):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    model.zero_grad()
+
+
+def test_no_tensor_of_all_logits_is_kept_for_backward(policy, problems):
+    rollouts = [r for g in generate(policy, problems, n=8) for r in g]
+    ids, mask, _, _ = fipo.collate(rollouts, policy.device)
+    V, N, sizes = policy.model.config.vocab_size, int(mask.sum()), []
+
+    def record(x: torch.Tensor) -> torch.Tensor:
+        if x.shape and x.shape[-1] == V:
+            sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
+        token_logprobs(policy.model, ids, mask, chunk=32)
+        assert not sizes
+        full_logprobs(policy.model, ids, 1.0)
+    assert max(sizes) >= N * V, "the hook must see full logits where they are kept"
+
+
+def test_padding_on_the_right_changes_nothing(policy, problems):
+    rollouts = [g[0] for g in generate(policy, problems)]
+    ids, mask, _, _ = fipo.collate(rollouts, policy.device)
+    together, _ = token_logprobs(policy.model, ids, mask)
+    for i, r in enumerate(rollouts):
+        alone_ids, alone_mask, _, _ = fipo.collate([r], policy.device)
+        alone, _ = token_logprobs(policy.model, alone_ids, alone_mask)
+        torch.testing.assert_close(alone[alone_mask], together[i][mask[i]], atol=1e-5, rtol=1e-5)
+
+
+def test_eos_is_trained_and_pad_is_not_even_when_they_are_the_same_token(policy):
+    assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id == 0
+    short, long = Problem("7=?\n", "7", [8, 14, 15]), Problem("9+9=?\n", "18", [10, 11, 10, 14, 15])
+    rollouts = [Rollout(short, [8, 0], [], advantage=1.0), Rollout(long, [2, 9, 1, 0], [], advantage=1.0)]
+    ids, mask, _, _ = fipo.collate(rollouts, policy.device)
+    assert ids[0].tolist() == [8, 14, 15, 8, 0, 0, 0, 0, 0]
+    assert mask[0].tolist() == [False, False, False, True, True, False, False, False, False]
+    assert mask[1].tolist() == [False] * 5 + [True] * 4
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(base, problems):
+    grads = []
+    for flag in (False, True):
+        p = Policy(base, fipo.Config(model=base, gradient_checkpointing=flag))
+        ids, mask, _, _ = fipo.collate([Rollout(problems[0], [2, 3, 4, 0])], p.device)
+        p.model.train()
+        assert p.model.is_gradient_checkpointing == flag
+        p.logprobs(ids, mask)[0].sum().backward()
+        grads.append([x.grad for x in p.model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for n, k in itertools.product(range(1, 7), range(1, 7)):
+        for c in range(n + 1):
+            if k <= n:
+                subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+                assert fipo.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_vote():
+    def group(*answers):
+        return [Rollout(Problem("", "1"), text=f"Answer: {a}" if a else "hm", correct=a == "1") for a in answers]
+
+    assert fipo.majority_correct(group("1", "2", "1"), "dapo")
+    assert not fipo.majority_correct(group("1", "2", "2"), "dapo")
+    assert fipo.majority_correct(group("", "", "1"), "dapo")  # no answer, no vote
+    assert not fipo.majority_correct(group("", ""), "dapo")
+    assert fipo.majority_correct(group("1", "2"), "dapo") and not fipo.majority_correct(group("2", "1"), "dapo")  # ties
+
+
+def test_evaluate_reports_avg_cons_pass_and_length(base, sums):
+    cfg = fipo.EvalConfig(model=base, data=sums, max_prompt=16, max_response=32, eval_samples=8, eval_k=2, eval_top_p=1.0)
+    p = Policy(base, cfg)
+    problems = fipo.encode_problems(sums, p.tokenizer, 256, cfg)
+    metrics, groups = fipo.evaluate(HFSampler(p, p.eos_ids(), 512), p.tokenizer, problems, cfg)
+    right = [[fipo.verify(r.text, r.problem.answer) for r in g] for g in groups]
+    assert metrics["eval/accuracy"] == pytest.approx(sum(map(sum, right)) / (8 * len(groups)))
+    assert 0 < metrics["eval/accuracy"] < metrics["eval/pass"] < 1
+    pairs = [any(random.Random(i).sample(g, 2)) for g in right for i in range(400)]
+    assert metrics["eval/pass"] == pytest.approx(sum(pairs) / len(pairs), abs=0.02)
