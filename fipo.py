@@ -171,8 +171,8 @@ def resolve(cfg: Config) -> Config:
     require(cfg.group_size > 1, f"--group_size is {cfg.group_size}: a group needs at least 2 responses to compare.")
     require(batch % mini == 0, f"--prompts_per_mini_batch ({mini}) must be at most --prompts_per_batch ({batch}) and "
             "divide it: change one of them.")  # fmt: skip
-    require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer "
-            f"({cfg.overlong_buffer}): raise the first, or lower the second (0 switches the penalty off).")  # fmt: skip
+    require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer"
+            f" ({cfg.overlong_buffer}): raise the first, or lower the second (0: no penalty).")  # fmt: skip
     require(0 <= low <= high, f"--weight_range is {cfg.weight_range}: give two numbers, lo hi, with 0 ≤ lo ≤ hi.")
     require(cfg.dynamic_sampling or cfg.prompts_per_round == batch, "--prompts_per_round needs --dynamic_sampling.")
     if batch == mini and low < high:
@@ -255,15 +255,15 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
 
 
 def encode_problems(source: str, tokenizer: Any, context: int, cfg: EvalConfig) -> list[Problem]:
-    """Problems with their `prompt_ids`; too long prompts are dropped, with a count. `context`: the model's, in tokens."""
+    """Problems with their `prompt_ids`; too long prompts are dropped, with a count. `context`: the model's, tokens."""
     every = [dataclasses.replace(p, prompt_ids=encode_prompt(p.prompt, tokenizer)) for p in load_problems(source)]
     problems = [p for p in every if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(every):
         say(f"{source}: {len(every) - len(problems)} of {len(every)} prompts exceed --max_prompt and were dropped.")
     longest = max(len(p.prompt_ids) for p in problems)
-    require(longest + cfg.max_response <= context, f"{source}: the longest prompt ({longest} tokens) and --max_response "
-            f"{cfg.max_response} exceed the model's context of {context}: lower --max_response or --max_prompt.")  # fmt: skip
+    require(longest + cfg.max_response <= context, f"{source}: the longest prompt ({longest} tokens) and --max_response"
+            f" {cfg.max_response} exceed the model's context of {context}: lower one of the two limits.")  # fmt: skip
     return problems
 
 
@@ -302,8 +302,12 @@ def sample_token(logits: torch.Tensor, top_p: float, generator: torch.Generator)
 class HFSampler:
     """Samples with Hugging Face from the trainer's own model. The seam: any sampler has `generate` and `sync`."""
 
-    def __init__(self, policy: Policy, eos_ids: list[int], rows: int):
-        self.policy, self.rows, self.eos = policy, rows, torch.tensor(eos_ids, device=policy.device)
+    def __init__(self, policy: Policy):
+        self.policy, self.rows = policy, policy.cfg.rollout_rows
+        declared = policy.model.generation_config.eos_token_id
+        eos = {policy.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+        require(eos, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
+        self.eos = torch.tensor(sorted(eos), device=policy.device)
 
     def sync(self) -> None:
         """Take over the policy's weights. Sampler and trainer share one model here: nothing to do."""
@@ -362,9 +366,9 @@ class HFSampler:
 REPLACED = {"an ": "", "a ": "", ".$": "$", "\\$": "", "\\ ": "", " ": "", "mbox": "text", ",\\text{and}": ",",
             "\\text{and}": ",", "\\text{m}": "\\text{}"}  # fmt: skip
 REMOVED = (
-    "square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents degrees cm gm "
-    "pounds meters meals edges students childrentickets multiples \\text{s} \\text{.} \\text{\ns} \\text{}^2 \\text{}^3 "
-    '\\text{\n} \\text{} \\mathrm{th} ^\\circ ^{\\circ} \\; ,\\! {,} " \\dots'
+    "square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents degrees cm "
+    "gm pounds meters meals edges students childrentickets multiples \\text{s} \\text{.} \\text{\ns} \\text{}^2 "
+    '\\text{}^3 \\text{\n} \\text{} \\mathrm{th} ^\\circ ^{\\circ} \\; ,\\! {,} " \\dots'
 ).split(" ")
 UNWRAPPED = [(r".*?\$(.*?)\$.*", r"$\1$"), (r"\\text\{(.*?)\}", r"\1"), (r"\\textbf\{(.*?)\}", r"\1"),
              (r"\\overline\{(.*?)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
@@ -489,7 +493,7 @@ def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Ten
 
 
 def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -> torch.Tensor:
-    """F_t = Σ_{k≥t} γ^(k−t) Δ_k over unmasked k, with γ = 2^(−1/τ): Δ at distance τ counts half. [B, T] -> [B, T], float32.
+    """F_t = Σ_{k≥t} γ^(k−t) Δ_k over unmasked k, γ = 2^(−1/τ): at distance τ, Δ counts half. [B, T] -> [B, T], float32.
 
     F_t = Δ_t + γ F_{t+1} is a linear recurrence. Inside a block of K tokens it is one product with a triangular decay
     matrix; from block to block only the F of each block's first token is carried, and the carries obey the same
@@ -599,7 +603,7 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
 
 
 class Policy:
-    """The model being trained and its optimiser: plain torch, one device, float32 weights (lr 1e-6 is lost in bfloat16)."""
+    """The model being trained and its optimiser: plain torch, one device, float32 weights (bfloat16 loses lr 1e-6)."""
 
     def __init__(self, path: str, cfg: EvalConfig):
         self.cfg, self.device = cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -614,16 +618,10 @@ class Policy:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model.to(self.device)
         if isinstance(cfg, Config):
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+            weights, decay = self.model.parameters(), cfg.weight_decay
+            self.optimizer = torch.optim.AdamW(weights, cfg.lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
             if cfg.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def eos_ids(self) -> list[int]:
-        declared = self.model.generation_config.eos_token_id
-        every = [self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
-        ids = sorted({e for e in every if e is not None})
-        require(ids, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
-        return ids
 
     def logprobs(self, input_ids: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log π and entropy of the response tokens under the current weights, [B, L] each."""
@@ -671,8 +669,11 @@ def score_old_logp(policy: Policy, rollouts: list[Rollout]) -> dict[str, float]:
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
 
-def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: float) -> dict[str, float]:
-    """One AdamW step on one mini-batch, in as many passes as memory asks for. Returns the metrics of the whole."""
+def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: float, first: bool) -> dict[str, float]:
+    """One AdamW step on one mini-batch, in as many passes as memory asks for. Returns the metrics of the whole.
+
+    `first`: no update came between scoring and now, so the ratio must be 1; FipoError, before anything moves, if not.
+    """
     by_response = cfg.loss_mean == "response"
     count = len(mini) if by_response else sum(len(r.response_ids) for r in mini)  # the one denominator of all passes
     parts: list[tuple[int, dict[str, float]]] = []
@@ -689,10 +690,13 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
         drift = (logp.detach() - old_logp).abs().sum().item() / mask.sum().item()
         parts.append((int(mask.sum()), metrics | {"loss": loss.item(), "drift": drift}))
     merged = merge_metrics(parts)
+    require(not first or merged["drift"] <= policy.tolerance, "before any update the ratio is not 1 (mean |Δlog p| is "
+            f"{merged['drift']:.2g}): if the model uses dropout, set it to 0 in its config.json.")  # fmt: skip
     dropped = merged["dropped_sequences" if by_response else "dropped_tokens"]
     scale = count / max(count - dropped, 1)  # dropped responses leave the denominator too
     norm = policy.step(lr, scale)
-    return merged | {"loss": merged["loss"] * scale, "grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
+    skipped = float(not math.isfinite(norm))
+    return merged | {"loss": merged["loss"] * scale, "grad_norm": norm, "skipped_updates": skipped}
 
 
 def merge_metrics(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
@@ -716,15 +720,12 @@ def update(policy: Policy, groups: list[list[Rollout]], cfg: Config, step: int) 
     done: list[dict[str, float]] = []
     for i in tqdm(range(0, len(order), cfg.prompts_per_mini_batch), desc="update", leave=False, disable=None):
         mini = [r for group in order[i : i + cfg.prompts_per_mini_batch] for r in group]
-        done.append(update_mini_batch(policy, mini, cfg, lr))
-        if done[0]["drift"] > policy.tolerance:
-            raise FipoError(f"step {step}: before any update the ratio is not 1 (mean |Δlog p| = {done[0]['drift']:.2g}). "
-                            "Does the model use dropout? Set it to 0 in its config.json.")  # fmt: skip
+        done.append(update_mini_batch(policy, mini, cfg, lr, first=i == 0))
     merged = merge_metrics([(1, m) for m in done])
     merged |= {"loss": merged["loss"] / len(done), "lr": lr,
                "influence_first": done[0]["influence_mean"], "influence_last": done[-1]["influence_mean"]}  # fmt: skip
     names = {"future_kl_mean": "future_kl/mean", "ppo_kl": "policy_kl"}
-    return {names.get(k, k.replace("influence_", "influence/")): v for k, v in merged.items() if k != "dropped_tokens"}
+    return {names.get(k, k.replace("influence_", "influence/")): v for k, v in merged.items()}
 
 
 # ----------------------------------------------------------------------------------------- 10. Loop and evaluation
@@ -768,9 +769,9 @@ def collect_rollouts(sampler: HFSampler, policy: Policy, problems: list[Problem]
     accuracy = sum(map(group_accuracy, seen)) / len(seen)
     if cfg.dynamic_sampling and len(kept) < cfg.prompts_per_batch:
         hint = "harder problems" if accuracy > 0.5 else "easier problems, a larger --group_size or --max_response"
-        raise NoSignal(f"step {step}: after {n_round} rounds only {len(kept)} of {len(seen)} groups hold both right and "
-                       f"wrong answers, for a batch of {cfg.prompts_per_batch}; accuracy seen: {accuracy:.1%}. Give "
-                       f"{hint}, or a smaller --prompts_per_batch.")  # fmt: skip
+        raise NoSignal(f"step {step}: after {n_round} rounds only {len(kept)} of {len(seen)} groups hold both right "
+                       f"and wrong answers, for a batch of {cfg.prompts_per_batch}; accuracy seen: {accuracy:.1%}. "
+                       f"Give {hint}, or a smaller --prompts_per_batch.")  # fmt: skip
     lengths = [len(r.response_ids) for group in seen for r in group]
     stats = {"accuracy": accuracy, "response_length/mean": sum(lengths) / len(lengths),
              "response_length/max": max(lengths), "gen_rounds": n_round, "tokens_per_second": sum(lengths)}  # fmt: skip
@@ -799,7 +800,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def majority_correct(group: list[Rollout], verifier: str) -> bool:
-    """Is the most frequent answer right? A response without an answer does not vote; ties fall to the one seen first."""
+    """Is the most frequent answer right? Responses without an answer do not vote; ties fall to the one seen first."""
     votes: dict[str, list[Rollout]] = {}
     for r in group:
         answer = VERIFIERS[verifier][1](r.text)
@@ -869,11 +870,9 @@ def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     partial.replace(path)
 
 
-def log_samples(cfg: Config, step: int, kind: str, groups: list[list[Rollout]]) -> None:
-    rows = [{"step": step, "kind": kind, "prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer,
-             "correct": r.correct, "reward": r.reward, "length": len(r.response_ids)}
-            for r, *_ in groups[: cfg.log_samples]]  # fmt: skip
-    append_jsonl(Path(cfg.out) / "samples.jsonl", rows)
+def sample_rows(rollouts: list[Rollout], **where: Any) -> list[dict[str, Any]]:
+    return [where | {"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct,
+                     "reward": r.reward, "length": len(r.response_ids)} for r in rollouts]  # fmt: skip
 
 
 def readable(line: dict[str, float]) -> str:
@@ -920,7 +919,7 @@ def train(cfg: Config) -> None:
     context = policy.model.config.max_position_embeddings
     problems = encode_problems(cfg.data, policy.tokenizer, context, cfg)
     eval_problems = encode_problems(cfg.eval_data, policy.tokenizer, context, cfg) if cfg.eval_data else []
-    sampler = HFSampler(policy, policy.eos_ids(), cfg.rollout_rows)
+    sampler = HFSampler(policy)
     if resumed:
         policy.load_optimizer(resumed)
         state = State(**json.loads((resumed / "state.json").read_text()))
@@ -932,7 +931,7 @@ def train(cfg: Config) -> None:
     signals = Signals()
     try:
         training_loop(cfg, policy, sampler, problems, eval_problems, state, signals)
-    except (Interrupted, NoSignal):
+    except (Interrupted, FipoError):  # neither comes in the middle of an update, so the state is whole
         signals.busy = True
         save_checkpoint(policy, state)
         say(f"saved step {state.step} in {out / 'checkpoints'}; --resume goes on from there.")
@@ -942,6 +941,7 @@ def train(cfg: Config) -> None:
 def training_loop(cfg: Config, policy: Policy, sampler: HFSampler, problems: list[Problem],
                   eval_problems: list[Problem], state: State, signals: Signals) -> None:  # fmt: skip
     """The one loop of every machine. Until the first update of a step nothing has changed, and a signal may end it."""
+    out = Path(cfg.out)
     if cfg.wandb:
         with explain("--wandb (pip install wandb)"):
             import wandb
@@ -951,8 +951,9 @@ def training_loop(cfg: Config, policy: Policy, sampler: HFSampler, problems: lis
         if eval_problems and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
             measured, groups = evaluate(sampler, policy.tokenizer, eval_problems, cfg, state.step)
             state.line |= measured
-            log_samples(cfg, state.step, "eval", groups)
-        append_jsonl(Path(cfg.out) / "metrics.jsonl", [state.line])
+            shown = [group[0] for group in groups[: cfg.log_samples]]
+            append_jsonl(out / "samples.jsonl", sample_rows(shown, step=state.step, kind="eval"))
+        append_jsonl(out / "metrics.jsonl", [state.line])
         if cfg.wandb:
             wandb.log(state.line, step=state.step)
         say(readable(state.line))
@@ -964,8 +965,8 @@ def training_loop(cfg: Config, policy: Policy, sampler: HFSampler, problems: lis
         assign_rewards(rollouts, cfg)
         assign_advantages(groups)
         if not any(r.advantage for r in rollouts):
-            raise NoSignal(f"step {step}: in every group all rewards are equal, so nothing can be learned: give problems "
-                           f"nearer to what the model can do (accuracy seen: {seen['accuracy']:.1%}).")  # fmt: skip
+            raise NoSignal(f"step {step}: in every group all rewards are equal, so nothing can be learned; accuracy "
+                           f"seen: {seen['accuracy']:.1%}. Give problems the model gets right sometimes.")  # fmt: skip
         t1 = time.perf_counter()
         scored = score_old_logp(policy, rollouts)
         t2 = time.perf_counter()
@@ -977,7 +978,8 @@ def training_loop(cfg: Config, policy: Policy, sampler: HFSampler, problems: lis
         reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
         times = {"time/rollout": t1 - t0, "time/score": t2 - t1, "time/update": t3 - t2}
         state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | times
-        log_samples(cfg, step, "train", groups)
+        shown = [group[0] for group in groups[: cfg.log_samples]]
+        append_jsonl(out / "samples.jsonl", sample_rows(shown, step=step, kind="train"))
         if step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(policy, state)
         signals.set_busy(False)
@@ -993,18 +995,16 @@ def run_eval(cfg: EvalConfig) -> None:
     require(1 <= k <= n, f"--eval_k ({k}) must lie between 1 and --eval_samples ({n}).")
     policy = Policy(cfg.model, cfg)
     problems = encode_problems(cfg.data, policy.tokenizer, policy.model.config.max_position_embeddings, cfg)
-    sampler = HFSampler(policy, policy.eos_ids(), cfg.rollout_rows)
+    sampler = HFSampler(policy)
     measured, groups = evaluate(sampler, policy.tokenizer, problems, cfg)
-    say(f"{cfg.data}: {len(problems)} problems × {n} responses at temperature {cfg.eval_temperature}, top-p {cfg.eval_top_p}\n"
-        f"avg@{n} {measured['eval/accuracy']:.1%}   cons@{n} {measured['eval/cons']:.1%}   "
-        f"pass@{k} {measured['eval/pass']:.1%}   mean length {measured['eval/response_length']:.1f} tokens")  # fmt: skip
+    say(f"{cfg.data}: {len(problems)} problems × {n} responses, temperature {cfg.eval_temperature}, "
+        f"top-p {cfg.eval_top_p}\navg@{n} {measured['eval/accuracy']:.1%}   cons@{n} {measured['eval/cons']:.1%}   "
+        f"pass@{k} {measured['eval/pass']:.1%}   length {measured['eval/response_length']:.1f} tokens")  # fmt: skip
     if cfg.out:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         (Path(cfg.out) / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | measured, indent=2))
-        rows = [{"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct}
-                for group in groups for r in group]  # fmt: skip
         (Path(cfg.out) / "responses.jsonl").unlink(missing_ok=True)
-        append_jsonl(Path(cfg.out) / "responses.jsonl", rows)
+        append_jsonl(Path(cfg.out) / "responses.jsonl", sample_rows([r for group in groups for r in group]))
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 EMBEDDED = dict(
     steps=32, group_size=16, prompts_per_batch=32, prompts_per_mini_batch=4, max_prompt=16, max_response=96,
-    overlong_buffer=16, lr=2e-4, warmup_steps=1, rollout_rows=512, tokens_per_micro_batch=16384, eval_every=10,
+    overlong_buffer=16, lr=1.5e-4, warmup_steps=1, rollout_rows=512, tokens_per_micro_batch=16384, eval_every=10,
     eval_samples=1, eval_top_p=1.0, dtype="float32",
 )  # fmt: skip
 QWEN = dict(
@@ -53,7 +53,7 @@ QWEN = dict(
 
 OPERANDS = 4  # a problem is a sum of so many digits from 1 to 9
 # What the corpus holds: style, share of documents, chance of a slip in each addition.
-STYLES = [("short", 0.85, None), ("worked", 0.12, 0.02), ("checked", 0.03, 0.0)]
+STYLES = [("short", 0.85, None), ("worked", 0.12, 0.01), ("checked", 0.03, 0.0)]
 CHARACTERS = "0123456789+=,?\n:Answer "
 END = "<|endoftext|>"
 
@@ -170,7 +170,9 @@ def embedded_run(out: Path, pretrain_steps: int) -> dict[str, Any]:
     (out / "problems").mkdir(parents=True, exist_ok=True)
     for name, part in (("data", FOR_RL), ("eval_data", HELD_OUT)):
         path = out / "problems" / f"{name}.jsonl"
-        rows = [json.dumps({"prompt": question(digits), "answer": str(sum(digits))}) + "\n" for digits in problems[part]]
+        rows = [
+            json.dumps({"prompt": question(digits), "answer": str(sum(digits))}) + "\n" for digits in problems[part]
+        ]
         path.write_text("".join(rows))
         files[name] = str(path)
     return EMBEDDED | files | {"model": str(base)}
@@ -186,10 +188,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def report(out: Path) -> None:
     """Before and after on problems never trained on: a table, three responses, curves.png."""
     lines = read_jsonl(out / "metrics.jsonl")
-    before, *_, after = [line for line in lines if "eval/accuracy" in line]
-    say(f"\n{'held-out problems':24}{'before':>10}{'after':>10}\n"
-        f"{'accuracy':24}{before['eval/accuracy']:>10.1%}{after['eval/accuracy']:>10.1%}\n"
-        f"{'mean length, tokens':24}{before['eval/response_length']:>10.1f}{after['eval/response_length']:>10.1f}")  # fmt: skip
+    evaluated = [line for line in lines if "eval/accuracy" in line]
+    before, after = evaluated[0], evaluated[-1]
+    say(f"\n{'held-out problems':24}{'before':>10}{'after':>10}")
+    say(f"{'accuracy':24}{before['eval/accuracy']:>10.1%}{after['eval/accuracy']:>10.1%}")
+    say(f"{'mean length, tokens':24}{before['eval/response_length']:>10.1f}{after['eval/response_length']:>10.1f}")
     samples = [s for s in read_jsonl(out / "samples.jsonl") if s["kind"] == "eval"]
     for old in [s for s in samples if s["step"] == before["step"]]:
         new = next(s for s in samples if s["step"] == after["step"] and s["prompt"] == old["prompt"])

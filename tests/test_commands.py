@@ -64,7 +64,9 @@ def test_bad_data_is_told_in_one_sentence(small, tmp_path, capsys, rows, said):
 
 def test_groups_without_signal_are_told_in_one_sentence(small, tmp_path, capsys):
     write_jsonl(tmp_path / "hard.jsonl", [{"prompt": "1+1=?\n", "answer": "none"}])
-    fails(["train", *flags(dataclasses.replace(small, data=str(tmp_path / "hard.jsonl")))], capsys, "accuracy seen: 0.0%")
+    fails(
+        ["train", *flags(dataclasses.replace(small, data=str(tmp_path / "hard.jsonl")))], capsys, "accuracy seen: 0.0%"
+    )
 
 
 def test_a_folder_that_holds_another_run_is_refused(small, capsys):
@@ -119,7 +121,9 @@ def test_every_setting_has_a_line_of_help():
 
 
 def test_a_mistake_ends_the_process_without_a_traceback():
-    done = subprocess.run([sys.executable, str(ROOT / "fipo.py"), "train", "--model", "m"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "fipo.py"), "train", "--model", "m"], capture_output=True, text=True
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr and "fipo: --data is missing" in done.stderr
 
 

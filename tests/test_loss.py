@@ -65,7 +65,9 @@ def test_the_cases_exercise_every_branch():
                           **settings(c["config"]))[2] for c in CASES]  # fmt: skip
     for name in ("clip_frac", "dual_clip_frac", "dropped_sequences", "influence_frac_low", "influence_frac_high"):
         assert any(m[name] > 0 for m in seen), name
-    assert any(((torch.tensor(c["logp"]) - torch.tensor(c["old_logp"])).exp() > c["config"]["safety"]).any() for c in CASES)
+    assert any(
+        ((torch.tensor(c["logp"]) - torch.tensor(c["old_logp"])).exp() > c["config"]["safety"]).any() for c in CASES
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- Future-KL

@@ -30,7 +30,8 @@ def test_right(text):
 
 
 @pytest.mark.parametrize("text", ["**Answer:** 34", "Answer: 34.", "Answer: 034", "Answer: 34.0", r"Answer: \(34\)",
-                                  r"\boxed{34}", "34", "", "Answer: 34\nAnswer: 7", "Answer: 34" + " " * 300])  # fmt: skip
+                                  r"\boxed{34}", "34", "", "Answer: 34\nAnswer: 7",
+                                  "Answer: 34" + " " * 300])  # fmt: skip
 def test_wrong(text):
     assert not verify(text, "34")
 
@@ -121,7 +122,9 @@ def test_chat_template_where_there_is_one_plain_text_where_there_is_none(base):
     messages = [{"role": "user", "content": "1+2=?"}]
     assert fipo.encode_prompt("1+2=?\n", tokenizer) == tokenizer("1+2=?\n")["input_ids"]
     assert fipo.encode_prompt(messages, tokenizer) == tokenizer("1+2=?\n\n")["input_ids"]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }},{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }},{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
     assert fipo.encode_prompt(messages, tokenizer) == fipo.encode_prompt("1+2=?", tokenizer)
     assert tokenizer.decode(fipo.encode_prompt(messages, tokenizer)) == "1+2=?,:"
 

@@ -21,9 +21,14 @@ def problems(policy) -> list[Problem]:
     return [Problem(p, "10", policy.tokenizer(p)["input_ids"]) for p in prompts]
 
 
+def sampler(policy: Policy, rows: int) -> HFSampler:
+    policy.cfg.rollout_rows = rows
+    return HFSampler(policy)
+
+
 def generate(policy, problems, n=4, rows=512, **kw):
     kw = dict(max_tokens=24, temperature=1.0, top_p=1.0, seed=1) | kw
-    return HFSampler(policy, policy.eos_ids(), rows).generate(problems, n, **kw)
+    return sampler(policy, rows).generate(problems, n, **kw)
 
 
 def full_logprobs(model, ids, temperature):
@@ -55,7 +60,7 @@ def test_cold_sampling_is_greedy_decoding(policy, problems):
 
 
 def test_a_response_ends_with_its_first_eos_or_at_the_limit(policy, problems):
-    (eos,) = policy.eos_ids()
+    (eos,) = HFSampler(policy).eos.tolist()
     rollouts = [r for g in generate(policy, problems, n=16) for r in g]
     ended = [r for r in rollouts if eos in r.response_ids]
     assert 0 < len(ended) < len(rollouts), "both kinds must occur for this test to say anything"
@@ -184,10 +189,12 @@ def test_majority_vote():
 
 
 def test_evaluate_reports_avg_cons_pass_and_length(base, sums):
-    cfg = fipo.EvalConfig(model=base, data=sums, max_prompt=16, max_response=32, eval_samples=8, eval_k=2, eval_top_p=1.0)
+    cfg = fipo.EvalConfig(
+        model=base, data=sums, max_prompt=16, max_response=32, eval_samples=8, eval_k=2, eval_top_p=1.0
+    )
     p = Policy(base, cfg)
     problems = fipo.encode_problems(sums, p.tokenizer, 256, cfg)
-    metrics, groups = fipo.evaluate(HFSampler(p, p.eos_ids(), 512), p.tokenizer, problems, cfg)
+    metrics, groups = fipo.evaluate(HFSampler(p), p.tokenizer, problems, cfg)
     right = [[fipo.verify(r.text, r.problem.answer) for r in g] for g in groups]
     assert metrics["eval/accuracy"] == pytest.approx(sum(map(sum, right)) / (8 * len(groups)))
     assert 0 < metrics["eval/accuracy"] < metrics["eval/pass"] < 1

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fipo
 from fipo import HFSampler, Policy, Rollout
 
-LOGGED = """step reward/mean accuracy response_length/mean response_length/max loss entropy influence/mean influence/frac_low
-influence/frac_high future_kl/mean clip_frac dual_clip_frac policy_kl grad_norm skipped_updates gen_rounds lr time/rollout
-time/score time/update tokens_per_second sampler_mismatch""".split()
+LOGGED = """step reward/mean accuracy response_length/mean response_length/max loss entropy influence/mean
+influence/frac_low influence/frac_high future_kl/mean clip_frac dual_clip_frac policy_kl grad_norm skipped_updates
+gen_rounds lr time/rollout time/score time/update tokens_per_second sampler_mismatch""".split()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def prepared(cfg: fipo.Config) -> tuple[fipo.Config, Policy, list[list[Rollout]]
     cfg = fipo.resolve(cfg)
     policy = Policy(cfg.model, cfg)
     problems = fipo.encode_problems(cfg.data, policy.tokenizer, 256, cfg)
-    sampler = HFSampler(policy, policy.eos_ids(), cfg.rollout_rows)
+    sampler = HFSampler(policy)
     groups, _, _ = fipo.collect_rollouts(sampler, policy, problems, cfg, 1, 0)
     fipo.assign_rewards([r for g in groups for r in g], cfg)
     fipo.assign_advantages(groups)
@@ -54,7 +54,7 @@ def test_dynamic_sampling_keeps_only_groups_that_teach(small):
     assert len(groups) == cfg.prompts_per_batch
     assert all(0 < fipo.group_accuracy(g) < 1 for g in groups)
     problems = fipo.encode_problems(cfg.data, policy.tokenizer, 256, cfg)
-    sampler = HFSampler(policy, policy.eos_ids(), 512)
+    sampler = HFSampler(policy)
     hard = [dataclasses.replace(p, answer="none") for p in problems]
     _, seen, cursor = fipo.collect_rollouts(sampler, policy, problems, cfg, 1, 0)
     assert cursor == seen["gen_rounds"] * cfg.prompts_per_round
@@ -62,13 +62,16 @@ def test_dynamic_sampling_keeps_only_groups_that_teach(small):
         fipo.collect_rollouts(sampler, policy, hard, dataclasses.replace(cfg, max_gen_rounds=3), 1, 0)
 
 
-def test_overlong_variance_alone_does_not_save_a_group(small):
-    """Wrong answers of different lengths differ in reward but not in accuracy (and the reverse counts for GRPO)."""
-    cfg, policy, groups = prepared(small)
-    wrong = [r for g in groups for r in g if not r.correct]
-    assert len({r.reward for r in wrong}) > 1, "the length penalty must vary for this test to say anything"
-    rounded = {(1.0 if r.correct else -1.0) + fipo.overlong_penalty(len(r.response_ids), 32, 8) for r in wrong}
-    assert {r.reward for r in wrong} == rounded
+def test_variance_from_the_length_penalty_alone_does_not_save_a_group(small):
+    """Groups that are all wrong at different lengths have rewards that differ, and are still sampled again."""
+    cfg, policy, _ = prepared(small)
+    hard = [dataclasses.replace(p, answer="none") for p in fipo.encode_problems(cfg.data, policy.tokenizer, 256, cfg)]
+    everything = dataclasses.replace(cfg, dynamic_sampling=False)
+    groups, _, _ = fipo.collect_rollouts(HFSampler(policy), policy, hard, everything, 1, 0)
+    fipo.assign_rewards([r for g in groups for r in g], cfg)
+    assert any(len({r.reward for r in g}) > 1 for g in groups)
+    with pytest.raises(fipo.NoSignal):
+        fipo.collect_rollouts(HFSampler(policy), policy, hard, dataclasses.replace(cfg, max_gen_rounds=1), 1, 0)
 
 
 @pytest.mark.parametrize("algorithm", ["fipo", "grpo"])
@@ -86,7 +89,7 @@ def test_micro_batches_change_nothing(small, algorithm, drop):
         p.optimizer = torch.optim.AdamW(p.model.parameters(), weight_decay=0.1)
         split = dataclasses.replace(cfg, tokens_per_micro_batch=tokens)
         passes = len(fipo.micro_batches(rollouts, tokens))
-        metrics = [fipo.update_mini_batch(p, rollouts, split, lr=1e-4) for _ in range(3)]
+        metrics = [fipo.update_mini_batch(p, rollouts, split, 1e-4, first=False) for _ in range(3)]
         results.append((passes, metrics, p.model.state_dict()))
     assert [r[0] > 1 for r in results] == [True, True, False]
     if drop:
@@ -128,8 +131,10 @@ def test_a_ratio_that_is_not_one_at_the_first_update_stops_the_run(small):
     cfg, policy, groups = prepared(small)
     for r in (r for g in groups for r in g):
         r.old_logp = r.old_logp + 0.5  # as dropout, or another model, would make it
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     with pytest.raises(fipo.FipoError, match="the ratio is not 1"):
         fipo.update(policy, groups, cfg, step=1)
+    assert all(torch.equal(before[k], v) for k, v in policy.model.state_dict().items())
 
 
 def test_presets_are_a_ladder_and_explicit_settings_win():
