@@ -1,4 +1,4 @@
-"""FIPO in one file: rollout, reward, Future-KL and loss (arXiv 2603.19835, "the paper").
+r"""FIPO in one file: rollout, reward, Future-KL and loss (arXiv 2603.19835, "the paper").
 
 DAPO gives every token of a response the same advantage. FIPO multiplies it, token by token, by f = clip(exp(F)),
 where F_t sums, discounted, how far the policy has already moved on the tokens from t on. Tokens that lead into a
@@ -32,7 +32,8 @@ Where this file simplifies or departs from the paper or the authors' release, on
   e. No KL term, no entropy bonus, no reference model, no critic, as in DAPO. Surplus groups are thrown away.
   f. Random numbers are derived from (seed, purpose, step), so that resuming needs no generator state.
 
-  python fipo.py train --model Qwen/Qwen2.5-0.5B --data openai/gsm8k:main --max_response 1024 --overlong_buffer 256
+  python fipo.py train --model Qwen/Qwen2.5-0.5B --data openai/gsm8k:main --out runs/gsm8k --max_response 1024 \
+                       --overlong_buffer 256 --prompts_per_batch 64 --prompts_per_mini_batch 16
   python fipo.py eval  --model DIR --data aime-2024.parquet --eval_samples 32
   python train_small.py         # the same loop, set up to show something within minutes on any machine
 """
@@ -59,15 +60,14 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
-from transformers.utils import logging as transformers_logging
 
-transformers_logging.disable_progress_bar()  # its bars for loading and saving would tear ours apart
+with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where there is only torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+    from transformers.utils.logging import disable_progress_bar
+
 
 # ------------------------------------------------------------------------------------------------------- Settings
-
-
 def arg(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -93,7 +93,7 @@ class EvalConfig:
 
 @dataclass
 class Config(EvalConfig):
-    """Settings of `fipo.py train`. Defaults are the paper's 32B recipe; None means: as --algorithm says (PRESETS)."""
+    """Settings of `fipo.py train`: the paper's 32B recipe, but for --prompts_per_round. None: as PRESETS say."""
 
     algorithm: Literal["grpo", "dapo", "fipo"] = arg("fipo", "preset; settings given explicitly win over it")
     eval_data: str = arg("", "evaluation problems, as --data; none: no evaluation")
@@ -126,6 +126,14 @@ class Config(EvalConfig):
     wandb: str = arg("", "Weights & Biases project; empty: off")
 
 
+AT_LEAST = {
+    2: "group_size",
+    1: "max_prompt max_response rollout_rows eval_samples eval_every steps save_every max_gen_rounds prompts_per_batch "
+       "prompts_per_mini_batch tokens_per_micro_batch",
+    1e-3: "temperature eval_temperature eval_top_p tau",
+    0: "eval_k safety clip_low lr warmup_steps weight_decay grad_clip log_samples",
+}  # fmt: skip
+
 DAPO = dict(weight_range=[1.0, 1.0], clip_high=0.28, dual_clip=10.0, loss_mean="token", dynamic_sampling=True,
             overlong_buffer=4096)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
@@ -151,31 +159,47 @@ def explain(attempt: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise FipoError(f"{attempt} failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        raise FipoError(f"{attempt} failed: {(str(cause).strip() or repr(cause)).splitlines()[0]}") from error
 
 
 def say(text: str) -> None:
     tqdm.write(text)  # print, without tearing a progress bar apart
 
 
+def check(cfg: EvalConfig) -> None:
+    """Refuse settings that no command can work with."""
+    require(cfg.model, "--model is missing: give a model folder or hub name.")
+    require(cfg.data, "--data is missing: give a .jsonl, .json or .parquet file, or a hub name.")
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            value = getattr(cfg, name, least)  # eval knows only some of them
+            require(value >= least, f"--{name} is {value}: it must be at least {least}.")
+    require(cfg.eval_top_p <= 1, f"--eval_top_p is {cfg.eval_top_p}: it must be at most 1.")
+    require(cfg.eval_k <= cfg.eval_samples, f"--eval_k is {cfg.eval_k}, above --eval_samples {cfg.eval_samples}.")
+
+
 def resolve(cfg: Config) -> Config:
     """Fill in what the preset decides, then refuse settings that cannot train."""
     preset = {k: v for k, v in PRESETS[cfg.algorithm].items() if getattr(cfg, k) is None}
     cfg = dataclasses.replace(cfg, prompts_per_round=cfg.prompts_per_round or cfg.prompts_per_batch, **preset)
-    batch, mini, (low, high) = cfg.prompts_per_batch, cfg.prompts_per_mini_batch, (cfg.weight_range + [-1.0])[:2]
-    require(cfg.data, "--data is missing: give a .jsonl, .json or .parquet file, or a hub name.")
+    check(cfg)
+    batch, mini, bounds = cfg.prompts_per_batch, cfg.prompts_per_mini_batch, cfg.weight_range
     require(cfg.out, "--out is missing: give the folder that shall hold this run.")
-    for name in ("steps", "prompts_per_mini_batch", "max_gen_rounds", "max_prompt", "max_response", "eval_every",
-                 "tokens_per_micro_batch", "eval_samples", "save_every", "temperature", "tau"):  # fmt: skip
-        require(getattr(cfg, name) > 0, f"--{name} is {getattr(cfg, name)}: it must be above 0.")
-    require(cfg.group_size > 1, f"--group_size is {cfg.group_size}: a group needs at least 2 responses to compare.")
     require(batch % mini == 0, f"--prompts_per_mini_batch ({mini}) must be at most --prompts_per_batch ({batch}) and "
             "divide it: change one of them.")  # fmt: skip
     require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer"
             f" ({cfg.overlong_buffer}): raise the first, or lower the second (0: no penalty).")  # fmt: skip
-    require(0 <= low <= high, f"--weight_range is {cfg.weight_range}: give two numbers, lo hi, with 0 ≤ lo ≤ hi.")
-    require(cfg.dynamic_sampling or cfg.prompts_per_round == batch, "--prompts_per_round needs --dynamic_sampling.")
-    if batch == mini and low < high:
+    require(len(bounds) == 2 and 0 <= bounds[0] <= bounds[1], f"--weight_range is {bounds}: give lo hi, 0 ≤ lo ≤ hi.")
+    require(
+        cfg.clip_low < 1,
+        f"--clip_low is {cfg.clip_low}: the lower bound of the ratio, 1 − clip_low, must stay above 0.",
+    )
+    require(cfg.dynamic_sampling or cfg.prompts_per_round == batch,
+            "--prompts_per_round needs --dynamic_sampling true: leave one of the two out.")  # fmt: skip
+    if batch == mini and bounds[0] < bounds[1]:
         say("warning: one update per batch of rollouts, so Δlog p is always 0 and FIPO is just DAPO: "
             "lower --prompts_per_mini_batch to let it act.")  # fmt: skip
     return cfg
@@ -187,8 +211,6 @@ def derive_seed(*purpose: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Problems
-
-
 @dataclass(frozen=True)
 class Problem:
     prompt: str | list[dict[str, str]]  # text, or chat messages
@@ -216,7 +238,7 @@ def load_problems(source: str) -> list[Problem]:
     datasets.disable_progress_bars()
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     require(not kind or Path(source).is_file(), f"there is no file {source}.")
-    require(not kind or Path(source).read_bytes().strip(), f"{source} is empty: it must hold problems.")
+    require(not kind or Path(source).stat().st_size, f"{source} is empty: it must hold problems.")
     name, config, split = (source.split(":") + ["", ""])[:3]
     with explain(f"reading problems from {source}"):
         if kind:
@@ -232,6 +254,7 @@ def load_problems(source: str) -> list[Problem]:
     for i, row in enumerate(tqdm(rows.select_columns([ask, tell]), desc="problems", leave=False, disable=None)):
         prompt, answer = row[ask], row[tell]
         answer = answer.get("ground_truth") if isinstance(answer, dict) else answer
+        answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
         answer = "" if answer is None else str(answer).split("####")[-1].strip()
         require(prompt and answer, f"{source}: row {i + 1} has no {tell if prompt else ask}: mend or remove it.")
         if ask != "prompt":
@@ -243,8 +266,6 @@ def load_problems(source: str) -> list[Problem]:
 
 
 # ----------------------------------------------------------------------------------------------------- 2. Prompts
-
-
 def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
     """Token ids of a prompt: through the chat template where the model has one, as plain text where it has none."""
     if tokenizer.chat_template:
@@ -254,22 +275,22 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
     return tokenizer(text)["input_ids"]
 
 
-def encode_problems(source: str, tokenizer: Any, context: int, cfg: EvalConfig) -> list[Problem]:
-    """Problems with their `prompt_ids`; too long prompts are dropped, with a count. `context`: the model's, tokens."""
-    every = [dataclasses.replace(p, prompt_ids=encode_prompt(p.prompt, tokenizer)) for p in load_problems(source)]
+def encode_problems(source: str, policy: Policy, cfg: EvalConfig) -> list[Problem]:
+    """Problems with their `prompt_ids`. Too long prompts are dropped, with a count; FipoError if none is left."""
+    encode, context = policy.tokenizer, policy.model.config.max_position_embeddings
+    every = [dataclasses.replace(p, prompt_ids=encode_prompt(p.prompt, encode)) for p in load_problems(source)]
     problems = [p for p in every if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(every):
         say(f"{source}: {len(every) - len(problems)} of {len(every)} prompts exceed --max_prompt and were dropped.")
     longest = max(len(p.prompt_ids) for p in problems)
     require(longest + cfg.max_response <= context, f"{source}: the longest prompt ({longest} tokens) and --max_response"
-            f" {cfg.max_response} exceed the model's context of {context}: lower one of the two limits.")  # fmt: skip
+            f" {cfg.max_response} exceed the model's context of {context}: lower one (or, if the model can, raise"
+            " max_position_embeddings in its config.json).")  # fmt: skip
     return problems
 
 
 # ---------------------------------------------------------------------------------------------------- 3. Rollouts
-
-
 @dataclass
 class Rollout:
     """One sampled response and what training needs to know of it."""
@@ -283,9 +304,9 @@ class Rollout:
     advantage: float = 0.0
     old_logp: torch.Tensor | None = None  # [T] log π_old, re-scored by the trainer
 
-    @property
-    def ids(self) -> list[int]:
-        return self.problem.prompt_ids + self.response_ids
+    def __len__(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.problem.prompt_ids) + len(self.response_ids)
 
 
 def sample_token(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,12 +342,12 @@ class HFSampler:
         with tqdm(total=len(problems), desc="rollout", unit="prompt", leave=False, disable=None) as bar:
             for start in range(0, len(order), max(1, self.rows // n)):
                 chunk = order[start : start + max(1, self.rows // n)]
-                flat = self._decode([problems[i] for i in chunk], n, max_tokens, temperature, top_p, generator)
+                with torch.no_grad(), self.policy.autocast():
+                    flat = self._decode([problems[i] for i in chunk], n, max_tokens, temperature, top_p, generator)
                 groups |= {i: flat[j * n : (j + 1) * n] for j, i in enumerate(chunk)}
                 bar.update(len(chunk))
         return [groups[i] for i in range(len(problems))]
 
-    @torch.no_grad()
     def _decode(self, problems: list[Problem], n: int, max_tokens: int, temperature: float, top_p: float,
                 generator: torch.Generator) -> list[Rollout]:  # fmt: skip
         model, device = self.policy.model.eval(), self.policy.device
@@ -339,8 +360,7 @@ class HFSampler:
         rollouts = [Rollout(problem) for problem in problems for _ in range(n)]
         row = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch belongs to
         for step in range(max_tokens):
-            with self.policy.autocast():
-                out = model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = out.logits[:, -1].float() / temperature  # [R, V]
             if step == 0:  # a prompt is read once per group, not once per response
                 cache.batch_repeat_interleave(n)
@@ -361,7 +381,6 @@ class HFSampler:
 
 
 # ----------------------------------------------------------------------------------------------------- 4. Rewards
-
 # The Minerva normalisation, in the order and the variant (no "ft", no "%") that DAPO and FIPO scored with.
 REPLACED = {"an ": "", "a ": "", ".$": "$", "\\$": "", "\\ ": "", " ": "", "mbox": "text", ",\\text{and}": ",",
             "\\text{and}": ",", "\\text{m}": "\\text{}"}  # fmt: skip
@@ -424,7 +443,7 @@ def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
 VERIFIERS = {"dapo": (verify, extract_answer), "math": (verify_math, extract_math)}
 
 
-def check_rollouts(rollouts: list[Rollout], tokenizer: Any, verifier: str) -> None:
+def verify_rollouts(rollouts: list[Rollout], tokenizer: Any, verifier: str) -> None:
     """Decode and verify: fills `text` and `correct`."""
     for r in rollouts:
         r.text = tokenizer.decode(r.response_ids, skip_special_tokens=True)
@@ -439,8 +458,6 @@ def assign_rewards(rollouts: list[Rollout], cfg: Config) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- 5. Advantages
-
-
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = (R_i − mean R) / (std R + 1e-6) in each group, unbiased std. rewards [P, G] -> [P, G], float32.
 
@@ -461,8 +478,6 @@ def assign_advantages(groups: list[list[Rollout]]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ 6. Δlog p
-
-
 def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Tensor, temperature: float = 1.0,
                    chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """log π(o_t | o_<t) of the response tokens and the entropy of π there, in nats. Differentiable in the first.
@@ -490,8 +505,6 @@ def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Ten
 
 
 # --------------------------------------------------------------------------------------------------- 7. Future-KL
-
-
 def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -> torch.Tensor:
     """F_t = Σ_{k≥t} γ^(k−t) Δ_k over unmasked k, γ = 2^(−1/τ): at distance τ, Δ counts half. [B, T] -> [B, T], float32.
 
@@ -515,8 +528,6 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
 
 
 # -------------------------------------------------------------------------------------------------------- 8. Loss
-
-
 def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
               tau: float = 32.0, weight_range: tuple[float, float] = (1.0, 1.2), safety: float = 10.0,
               clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float = 10.0,
@@ -575,13 +586,11 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
 
 
 # ------------------------------------------------------------------------------------------------------ 9. Update
-
-
 def micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """Cut into passes of at most `max_tokens` tokens, padding included; alike lengths together, so there is little."""
+    """Cut into passes of at most `max_tokens` tokens, padding included (or of one response); alike lengths together."""
     passes: list[list[Rollout]] = [[]]
-    for r in sorted(rollouts, key=lambda r: len(r.ids)):
-        if passes[-1] and (len(passes[-1]) + 1) * len(r.ids) > max_tokens:
+    for r in sorted(rollouts, key=len, reverse=True):  # the longest first: if memory is short, that shows at once
+        if passes[-1] and (len(passes[-1]) + 1) * len(passes[-1][0]) > max_tokens:
             passes.append([])
         passes[-1].append(r)
     return passes
@@ -592,13 +601,15 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
 
     What counts is told by lengths, never by comparing ids with pad or EOS: where pad = EOS, the EOS is still trained.
     """
-    B, L = len(rollouts), max(len(r.ids) for r in rollouts)
-    ids, mask, old = torch.zeros(B, L, dtype=torch.long), torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L)
-    for i, r in enumerate(rollouts):
-        start, end = len(r.problem.prompt_ids), len(r.ids)
-        ids[i, :end] = torch.tensor(r.ids)
-        mask[i, start:end] = True
-        old[i, start:end] = 0.0 if r.old_logp is None else r.old_logp
+    rows = [torch.tensor(r.problem.prompt_ids + r.response_ids) for r in rollouts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, L]
+    start = torch.tensor([[len(r.problem.prompt_ids)] for r in rollouts])
+    end = torch.tensor([[len(r)] for r in rollouts])
+    at = torch.arange(ids.shape[1])
+    mask = (start <= at) & (at < end)
+    old = torch.zeros(ids.shape)
+    if rollouts[0].old_logp is not None:
+        old[mask] = torch.cat([r.old_logp for r in rollouts])
     return tuple(x.to(device) for x in (ids, mask, old, torch.tensor([r.advantage for r in rollouts])))
 
 
@@ -610,11 +621,12 @@ class Policy:
         gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
-        self.tolerance = 0.1 if bf16 else 1e-3  # mean |Δlog p| that other padding alone may cause
-        hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-        require(os.path.isdir(path) or hub_name, f"--model: there is no folder {path!r}; give one, or a hub name.")
-        with explain(f"loading a model from {path}"):
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        self.tolerance = 0.1 if bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause when padding differs
+        dtype = torch.bfloat16 if bf16 and not isinstance(cfg, Config) else torch.float32
+        where = "" if os.path.isdir(path) else " (no such folder, so sought on the hub)"
+        disable_progress_bar()  # transformers' bars would tear ours apart
+        with explain(f"loading a model from {path!r}{where}"):
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model.to(self.device)
         if isinstance(cfg, Config):
@@ -663,9 +675,9 @@ def score_old_logp(policy: Policy, rollouts: list[Rollout]) -> dict[str, float]:
         ids, mask, _, _ = collate(part, policy.device)
         logp, H = policy.logprobs(ids, mask)
         entropy += H.sum().item() / tokens
-        for r, row, m in zip(part, logp.cpu(), mask.cpu()):
-            r.old_logp = row[m]
-            mismatch += (r.old_logp - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
+        for r, row in zip(part, logp[mask].cpu().split([len(r.response_ids) for r in part])):
+            r.old_logp = row
+            mismatch += (row - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
 
@@ -690,8 +702,8 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
         drift = (logp.detach() - old_logp).abs().sum().item() / mask.sum().item()
         parts.append((int(mask.sum()), metrics | {"loss": loss.item(), "drift": drift}))
     merged = merge_metrics(parts)
-    require(not first or merged["drift"] <= policy.tolerance, "before any update the ratio is not 1 (mean |Δlog p| is "
-            f"{merged['drift']:.2g}): if the model uses dropout, set it to 0 in its config.json.")  # fmt: skip
+    require(not (first and merged["drift"] > policy.tolerance), "before any update the ratio is not 1 (mean |Δlog p| "
+            f"is {merged['drift']:.2g}): if the model uses dropout, set it to 0 in its config.json.")  # fmt: skip
     dropped = merged["dropped_sequences" if by_response else "dropped_tokens"]
     scale = count / max(count - dropped, 1)  # dropped responses leave the denominator too
     norm = policy.step(lr, scale)
@@ -729,8 +741,6 @@ def update(policy: Policy, groups: list[list[Rollout]], cfg: Config, step: int) 
 
 
 # ----------------------------------------------------------------------------------------- 10. Loop and evaluation
-
-
 class NoSignal(FipoError):
     """Too few groups with both right and wrong answers."""
 
@@ -752,30 +762,128 @@ def collect_rollouts(sampler: HFSampler, policy: Policy, problems: list[Problem]
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
     """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
 
-    Returns the groups, what was seen (over everything sampled, kept or not) and the new place in the data.
+    Returns the groups, statistics of everything sampled, kept or not, and the new place in the data. Raises NoSignal.
     """
-    seen: list[list[Rollout]] = []
     kept: list[list[Rollout]] = []
+    accuracies, lengths = [], []
     for n_round in range(1, 1 + (cfg.max_gen_rounds if cfg.dynamic_sampling else 1)):
         drawn = draw_problems(problems, cursor, cfg.prompts_per_round, cfg.seed)
         cursor += len(drawn)
         seed = derive_seed(cfg.seed, "rollout", step, n_round)
         fresh = sampler.generate(drawn, cfg.group_size, cfg.max_response, cfg.temperature, 1.0, seed)
-        check_rollouts([r for group in fresh for r in group], policy.tokenizer, cfg.verifier)
-        seen += fresh
-        kept += [group for group in fresh if 0 < group_accuracy(group) < 1]
+        verify_rollouts([r for group in fresh for r in group], policy.tokenizer, cfg.verifier)
+        accuracies += map(group_accuracy, fresh)
+        lengths += [len(r.response_ids) for group in fresh for r in group]
+        kept += [group for group in fresh if not cfg.dynamic_sampling or 0 < group_accuracy(group) < 1]
         if len(kept) >= cfg.prompts_per_batch:
             break
-    accuracy = sum(map(group_accuracy, seen)) / len(seen)
-    if cfg.dynamic_sampling and len(kept) < cfg.prompts_per_batch:
+    accuracy = sum(accuracies) / len(accuracies)
+    if len(kept) < cfg.prompts_per_batch:
         hint = "harder problems" if accuracy > 0.5 else "easier problems, a larger --group_size or --max_response"
-        raise NoSignal(f"step {step}: after {n_round} rounds only {len(kept)} of {len(seen)} groups hold both right "
-                       f"and wrong answers, for a batch of {cfg.prompts_per_batch}; accuracy seen: {accuracy:.1%}. "
+        raise NoSignal(f"step {step}: after {n_round} rounds only {len(kept)} of {len(accuracies)} groups hold both "
+                       f"right and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: {accuracy:.1%}. "
                        f"Give {hint}, or a smaller --prompts_per_batch.")  # fmt: skip
-    lengths = [len(r.response_ids) for group in seen for r in group]
     stats = {"accuracy": accuracy, "response_length/mean": sum(lengths) / len(lengths),
-             "response_length/max": max(lengths), "gen_rounds": n_round, "tokens_per_second": sum(lengths)}  # fmt: skip
-    return (kept if cfg.dynamic_sampling else seen)[: cfg.prompts_per_batch], stats, cursor
+             "response_length/max": max(lengths), "gen_rounds": n_round, "tokens": sum(lengths)}  # fmt: skip
+    return kept[: cfg.prompts_per_batch], stats, cursor
+
+
+def train_step(policy: Policy, sampler: HFSampler, problems: list[Problem], cfg: Config, state: State) -> None:
+    """One batch of rollouts and the updates it feeds; moves `state` on. Until the first update, nothing has changed.
+
+    `accuracy` and `response_length` are of everything sampled, what else is logged of the groups trained on.
+    """
+    step, start = state.step + 1, time.perf_counter()
+    groups, seen, cursor = collect_rollouts(sampler, policy, problems, cfg, step, state.cursor)
+    rollouts = [r for group in groups for r in group]
+    assign_rewards(rollouts, cfg)
+    assign_advantages(groups)
+    if not any(r.advantage for r in rollouts):
+        raise NoSignal(f"step {step}: in every group all rewards are equal, so nothing can be learned; accuracy "
+                       f"seen: {seen['accuracy']:.1%}. Give problems the model gets right sometimes.")  # fmt: skip
+    rolled_out = time.perf_counter()
+    scored = score_old_logp(policy, rollouts)
+    scored_at = time.perf_counter()
+    with undisturbed():
+        state.whole = False
+        updated = update(policy, groups, cfg, step)
+        sampler.sync()
+        end = time.perf_counter()
+        times = {"time/rollout": rolled_out - start, "time/score": scored_at - rolled_out,
+                 "time/update": end - scored_at, "tokens_per_second": seen.pop("tokens") / (end - start)}  # fmt: skip
+        reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
+        log_samples(cfg, step, "train", groups)
+        files = {p.name: p.stat().st_size for p in Path(cfg.out).glob("*.jsonl")}
+        state.step, state.cursor, state.line, state.files = (
+            step,
+            cursor,
+            reward | seen | scored | updated | times,
+            files,
+        )
+        state.whole = True
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            save_checkpoint(policy, state)
+
+
+def training_loop(policy: Policy, sampler: HFSampler, problems: list[Problem], eval_problems: list[Problem],
+                  cfg: Config, state: State, track: Callable[..., None]) -> None:  # fmt: skip
+    """The one loop of every machine: evaluate when due, log, train on one more batch."""
+    with tqdm(total=cfg.steps, initial=state.step, desc="steps", disable=None) as bar:
+        while True:
+            if eval_problems and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
+                measured, groups = evaluate(sampler, policy.tokenizer, eval_problems, cfg, state.step)
+                state.line |= measured
+                log_samples(cfg, state.step, "eval", groups)
+            append_jsonl(Path(cfg.out) / "metrics.jsonl", [state.line])
+            track(state.line, step=state.step)
+            say(readable(state.line))
+            if state.step >= cfg.steps:
+                return
+            train_step(policy, sampler, problems, cfg, state)
+            bar.update()
+
+
+def train(cfg: Config) -> None:
+    """Train a model by FIPO, DAPO or GRPO. Raises Interrupted if a signal ended the run early."""
+    cfg = resolve(cfg)
+    out, state, track = Path(cfg.out), State(), lambda line, step: None
+    used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
+    require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
+    resumed = newest_checkpoint(out) if cfg.resume else None
+    policy = Policy(str(resumed or cfg.model), cfg)
+    sampler = HFSampler(policy)
+    problems = encode_problems(cfg.data, policy, cfg)
+    eval_problems = encode_problems(cfg.eval_data, policy, cfg) if cfg.eval_data else []
+    if cfg.wandb:
+        with explain("--wandb (pip install wandb)"):
+            import wandb
+
+            out.mkdir(parents=True, exist_ok=True)
+            run_id = f"{derive_seed(str(out.resolve())):08x}"
+            wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=dataclasses.asdict(cfg), dir=cfg.out)
+            track = wandb.log
+    out.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        policy.load_optimizer(resumed)
+        state = State(**json.loads((resumed / "state.json").read_text()))
+        say(f"resuming after step {state.step} from {resumed}")
+        name_changes(json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg))
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+    for name in (
+        "metrics.jsonl",
+        "samples.jsonl",
+    ):  # what came after the checkpoint is written again, to the same digit
+        with open(out / name, "a") as file:
+            file.truncate(state.files.get(name, 0))
+    try:
+        with on_signals(interrupt):
+            training_loop(policy, sampler, problems, eval_problems, cfg, state, track)
+    except BaseException as error:
+        if state.whole or isinstance(error, FipoError):  # a FipoError comes before anything has moved
+            with on_signals(signal.SIG_IGN):
+                save_checkpoint(policy, state)
+                say(f"saved step {state.step} in {out / 'checkpoints'}; --resume goes on from there.")
+        raise
 
 
 def evaluate(sampler: HFSampler, tokenizer: Any, problems: list[Problem], cfg: EvalConfig,
@@ -784,7 +892,7 @@ def evaluate(sampler: HFSampler, tokenizer: Any, problems: list[Problem], cfg: E
     n, k, seed = cfg.eval_samples, cfg.eval_k or cfg.eval_samples, derive_seed(cfg.seed, "eval", step)
     groups = sampler.generate(problems, n, cfg.max_response, cfg.eval_temperature, cfg.eval_top_p, seed)
     for group in groups:
-        check_rollouts(group, tokenizer, cfg.verifier)
+        verify_rollouts(group, tokenizer, cfg.verifier)
     scores = {
         "eval/accuracy": [group_accuracy(group) for group in groups],
         "eval/cons": [majority_correct(group, cfg.verifier) for group in groups],
@@ -810,24 +918,25 @@ def majority_correct(group: list[Rollout], verifier: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------ Checkpoints, logs and signals
-
-
 @dataclass
 class State:
     """Where a run stands between two steps: with weights and optimiser, all that resuming needs."""
 
     step: int = 0  # batches of rollouts trained on
     cursor: int = 0  # place in the stream of problems
-    line: dict[str, float] = field(default_factory=lambda: {"step": 0})  # metrics of `step`, written when evaluated
+    line: dict[str, Any] = field(default_factory=lambda: {"step": 0})  # metrics of `step`; logged with its evaluation
+    files: dict[str, int] = field(default_factory=dict)  # sizes of the logs, in bytes, without `line`
+    whole: bool = True  # False while an update is under way
 
 
 def save_checkpoint(policy: Policy, state: State) -> None:
     """Write the policy and state.json: whole and under the final name, or not at all. Two checkpoints are kept."""
-    final = Path(policy.cfg.out) / "checkpoints" / f"step_{state.step:06d}"
-    if final.exists():
+    folder = Path(policy.cfg.out) / "checkpoints"
+    final, partial = folder / f"step_{state.step:06d}", folder / "partial"
+    if final.exists() and not damage(final):
         return
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in (final, partial):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     policy.save(partial)
     (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
@@ -837,42 +946,52 @@ def save_checkpoint(policy: Policy, state: State) -> None:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     partial.rename(final)
-    for old in sorted(final.parent.glob("step_??????"))[:-2]:
+    for old in sorted(folder.glob("step_*"))[:-2]:
         shutil.rmtree(old)
 
 
+def damage(checkpoint: Path) -> str:
+    """The files of a checkpoint that are missing or cut short; empty if it is whole."""
+    try:
+        sizes = json.loads((checkpoint / "manifest.json").read_text())
+        return ", ".join(n for n, size in sizes.items() if (checkpoint / n).stat().st_size != size)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that is whole; says which are not. None if the run has none yet."""
-    found = sorted((out / "checkpoints").glob("step_??????"), reverse=True)
+    """The newest checkpoint that is whole; names the damaged ones. None if the run has none yet."""
+    found = sorted((out / "checkpoints").glob("step_*"), reverse=True)
     for folder in found:
-        try:
-            sizes = json.loads((folder / "manifest.json").read_text())
-            cut = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
-        except (OSError, ValueError) as error:
-            cut = [str(error)]
-        if not cut:
+        if not damage(folder):
             return folder
-        say(f"checkpoint {folder} is damaged ({', '.join(cut)}): falling back to the one before.")
+        say(f"checkpoint {folder} is damaged ({damage(folder)}): falling back to the one before.")
     require(not found, f"no checkpoint in {out / 'checkpoints'} is whole: start anew with another --out.")
     return None
 
 
+def name_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{k} {before.get(k)} → {now[k]}" for k in now if k != "resume" and before.get(k) != now[k]]
+    if changed:
+        say(f"settings that differ from the run so far: {', '.join(changed)}")
+
+
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:  # NaN and infinity are not JSON
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(finite) + "\n")
 
 
-def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Take out what was written after the checkpoint (it will be written again, to the same digit) or cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line for line in lines if line.endswith("\n") and keep(json.loads(line))))
-    partial.replace(path)
+def sample_row(r: Rollout) -> dict[str, Any]:
+    return {"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct,
+            "reward": r.reward, "length": len(r.response_ids)}  # fmt: skip
 
 
-def sample_rows(rollouts: list[Rollout], **where: Any) -> list[dict[str, Any]]:
-    return [where | {"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct,
-                     "reward": r.reward, "length": len(r.response_ids)} for r in rollouts]  # fmt: skip
+def log_samples(cfg: Config, step: int, kind: str, groups: list[list[Rollout]]) -> None:
+    """The first response of the first --log_samples groups, to samples.jsonl."""
+    rows = [{"step": step, "kind": kind} | sample_row(group[0]) for group in groups[: cfg.log_samples]]
+    append_jsonl(Path(cfg.out) / "samples.jsonl", rows)
 
 
 def readable(line: dict[str, float]) -> str:
@@ -890,121 +1009,48 @@ class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except 
     """SIGINT or SIGTERM came, and the run may stop now."""
 
 
-class Signals:
-    """SIGINT and SIGTERM raise Interrupted at once, or, while `busy` with an update or a save, when that is done."""
-
-    def __init__(self) -> None:
-        self.busy = self.asked = False
-        signal.signal(signal.SIGINT, self.on_signal)
-        signal.signal(signal.SIGTERM, self.on_signal)
-
-    def on_signal(self, *_: Any) -> None:
-        self.asked = True
-        self.set_busy(self.busy)
-
-    def set_busy(self, busy: bool) -> None:
-        self.busy = busy
-        if self.asked and not busy:
-            raise Interrupted
+def interrupt(*_: Any) -> None:
+    raise Interrupted
 
 
-def train(cfg: Config) -> None:
-    """Train as `cfg` says; everything lands in cfg.out. Raises Interrupted if a signal ended the run early."""
-    cfg = resolve(cfg)
-    out, state = Path(cfg.out), State()
-    used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
-    require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
-    resumed = newest_checkpoint(out) if cfg.resume else None
-    policy = Policy(str(resumed or cfg.model), cfg)
-    context = policy.model.config.max_position_embeddings
-    problems = encode_problems(cfg.data, policy.tokenizer, context, cfg)
-    eval_problems = encode_problems(cfg.eval_data, policy.tokenizer, context, cfg) if cfg.eval_data else []
-    sampler = HFSampler(policy)
-    if resumed:
-        policy.load_optimizer(resumed)
-        state = State(**json.loads((resumed / "state.json").read_text()))
-        say(f"resuming after step {state.step} from {resumed}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-    rewind_jsonl(out / "metrics.jsonl", lambda row: row["step"] < state.step)
-    rewind_jsonl(out / "samples.jsonl", lambda row: row["step"] < state.step + (row["kind"] == "train"))
-    signals = Signals()
+@contextlib.contextmanager
+def on_signals(handler: Any) -> Iterator[None]:
+    """Let `handler` have SIGINT and SIGTERM for a while."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        training_loop(cfg, policy, sampler, problems, eval_problems, state, signals)
-    except (Interrupted, FipoError):  # neither comes in the middle of an update, so the state is whole
-        signals.busy = True
-        save_checkpoint(policy, state)
-        say(f"saved step {state.step} in {out / 'checkpoints'}; --resume goes on from there.")
-        raise
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
-def training_loop(cfg: Config, policy: Policy, sampler: HFSampler, problems: list[Problem],
-                  eval_problems: list[Problem], state: State, signals: Signals) -> None:  # fmt: skip
-    """The one loop of every machine. Until the first update of a step nothing has changed, and a signal may end it."""
-    out = Path(cfg.out)
-    if cfg.wandb:
-        with explain("--wandb (pip install wandb)"):
-            import wandb
-
-            wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), dir=cfg.out)
-    while True:
-        if eval_problems and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
-            measured, groups = evaluate(sampler, policy.tokenizer, eval_problems, cfg, state.step)
-            state.line |= measured
-            shown = [group[0] for group in groups[: cfg.log_samples]]
-            append_jsonl(out / "samples.jsonl", sample_rows(shown, step=state.step, kind="eval"))
-        append_jsonl(out / "metrics.jsonl", [state.line])
-        if cfg.wandb:
-            wandb.log(state.line, step=state.step)
-        say(readable(state.line))
-        if state.step >= cfg.steps:
-            return
-        step, t0 = state.step + 1, time.perf_counter()
-        groups, seen, cursor = collect_rollouts(sampler, policy, problems, cfg, step, state.cursor)
-        rollouts = [r for group in groups for r in group]
-        assign_rewards(rollouts, cfg)
-        assign_advantages(groups)
-        if not any(r.advantage for r in rollouts):
-            raise NoSignal(f"step {step}: in every group all rewards are equal, so nothing can be learned; accuracy "
-                           f"seen: {seen['accuracy']:.1%}. Give problems the model gets right sometimes.")  # fmt: skip
-        t1 = time.perf_counter()
-        scored = score_old_logp(policy, rollouts)
-        t2 = time.perf_counter()
-        signals.set_busy(True)
-        updated = update(policy, groups, cfg, step)
-        sampler.sync()
-        t3 = time.perf_counter()
-        seen["tokens_per_second"] /= t3 - t0
-        reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
-        times = {"time/rollout": t1 - t0, "time/score": t2 - t1, "time/update": t3 - t2}
-        state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | times
-        shown = [group[0] for group in groups[: cfg.log_samples]]
-        append_jsonl(out / "samples.jsonl", sample_rows(shown, step=step, kind="train"))
-        if step % cfg.save_every == 0 or step == cfg.steps:
-            save_checkpoint(policy, state)
-        signals.set_busy(False)
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the end, then raise Interrupted if one came."""
+    came: list[int] = []
+    with on_signals(lambda number, _: came.append(number)):
+        yield
+    if came:
+        raise Interrupted
 
 
 # ------------------------------------------------------------------------------------------------ The command line
-
-
 def run_eval(cfg: EvalConfig) -> None:
-    """Evaluate a model; prints the numbers, and with --out also writes them and every response there."""
-    n, k = cfg.eval_samples, cfg.eval_k or cfg.eval_samples
-    require(cfg.data, "--data is missing: give a .jsonl, .json or .parquet file, or a hub name.")
-    require(1 <= k <= n, f"--eval_k ({k}) must lie between 1 and --eval_samples ({n}).")
+    """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
+    check(cfg)
     policy = Policy(cfg.model, cfg)
-    problems = encode_problems(cfg.data, policy.tokenizer, policy.model.config.max_position_embeddings, cfg)
-    sampler = HFSampler(policy)
-    measured, groups = evaluate(sampler, policy.tokenizer, problems, cfg)
+    problems = encode_problems(cfg.data, policy, cfg)
+    measured, groups = evaluate(HFSampler(policy), policy.tokenizer, problems, cfg)
+    n, k = cfg.eval_samples, cfg.eval_k or cfg.eval_samples
     say(f"{cfg.data}: {len(problems)} problems × {n} responses, temperature {cfg.eval_temperature}, "
         f"top-p {cfg.eval_top_p}\navg@{n} {measured['eval/accuracy']:.1%}   cons@{n} {measured['eval/cons']:.1%}   "
         f"pass@{k} {measured['eval/pass']:.1%}   length {measured['eval/response_length']:.1f} tokens")  # fmt: skip
     if cfg.out:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | measured, indent=2))
-        (Path(cfg.out) / "responses.jsonl").unlink(missing_ok=True)
-        append_jsonl(Path(cfg.out) / "responses.jsonl", sample_rows([r for group in groups for r in group]))
+        out = Path(cfg.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | measured, indent=2))
+        (out / "responses.jsonl").unlink(missing_ok=True)
+        append_jsonl(out / "responses.jsonl", [sample_row(r) for group in groups for r in group])
 
 
 @contextlib.contextmanager
@@ -1016,6 +1062,8 @@ def one_clear_sentence() -> Iterator[None]:
         sys.exit(f"fipo: {error}")
     except Interrupted:
         sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit("fipo: interrupted before the run began: nothing to save.")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is only that
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
@@ -1023,20 +1071,19 @@ def one_clear_sentence() -> Iterator[None]:
                  "or set --gradient_checkpointing.")  # fmt: skip
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
-    "train": (Config, train, "train a model by FIPO, DAPO or GRPO"),
-    "eval": (EvalConfig, run_eval, "avg@n, cons@n, pass@k and mean length of a model on a set of problems"),
-}
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {"train": (Config, train), "eval": (EvalConfig, run_eval)}
 
 
 def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
+    if "transformers" not in sys.modules:
+        sys.exit("fipo: transformers or tqdm is not installed: pip install -r requirements.txt")
     if not argv or argv[0] not in COMMANDS:
         sys.exit(f"fipo: the first word must be {' or '.join(COMMANDS)}, as in `python fipo.py train --help`.")
-    config, command, purpose = COMMANDS[argv[0]]
-    parser = HfArgumentParser(config, prog=f"fipo.py {argv[0]}", description=purpose)
+    config, command = COMMANDS[argv[0]]
+    parser = HfArgumentParser(config, prog=f"fipo.py {argv[0]}", description=command.__doc__, allow_abbrev=False)
     with one_clear_sentence():
         command(config(**vars(parser.parse_args(argv[1:]))))
 

@@ -25,22 +25,27 @@ def fails(argv: list[str], capsys, said: str) -> None:
 
 
 MISTAKES = {
-    "no model": (dict(model=""), "--model: there is no folder"),
-    "missing model folder": (dict(model="./no/such/folder"), "no folder './no/such/folder'"),
+    "no model": (dict(model=""), "--model is missing"),
+    "missing model folder": (dict(model="no/such/folder"), "'no/such/folder' .no such folder, so sought on the hub"),
     "no data": (dict(data=""), "--data is missing"),
     "no out": (dict(out=""), "--out is missing"),
     "missing file": (dict(data="missing.jsonl"), "there is no file missing.jsonl"),
-    "one response a group": (dict(group_size=1), "at least 2 responses"),
+    "one response a group": (dict(group_size=1), "--group_size is 1: it must be at least 2"),
     "mini-batch larger than the batch": (dict(prompts_per_mini_batch=8), "must be at most --prompts_per_batch"),
     "mini-batch does not divide the batch": (dict(prompts_per_mini_batch=3), "divide it"),
     "limit inside the overlong buffer": (dict(overlong_buffer=32), "must exceed --overlong_buffer"),
     "prompt and response exceed the context": (dict(max_response=250), "exceed the model's context of 256"),
     "every prompt too long": (dict(max_prompt=3), "every prompt is longer than --max_prompt 3"),
     "weight range upside down": (dict(weight_range=[1.2, 1.0]), "0 ≤ lo ≤ hi"),
-    "weight range of one number": (dict(weight_range=[1.0]), "give two numbers"),
-    "no temperature": (dict(temperature=0.0), "--temperature is 0.0: it must be above 0"),
-    "no steps": (dict(steps=0), "--steps is 0"),
-    "rounds without dynamic sampling": (dict(algorithm="grpo", prompts_per_round=8), "needs --dynamic_sampling"),
+    "weight range of one number": (dict(weight_range=[1.0]), "give lo hi"),
+    "weight range of three numbers": (dict(weight_range=[1.0, 1.2, 5.0]), "give lo hi"),
+    "greedy evaluation": (dict(eval_temperature=0.0), "--eval_temperature is 0.0"),
+    "empty nucleus": (dict(eval_top_p=0.0), "--eval_top_p is 0.0"),
+    "pass@k of more than there are": (dict(eval_k=9), "--eval_k is 9, above --eval_samples 2"),
+    "negative clip": (dict(clip_low=-1.0), "--clip_low is -1.0"),
+    "no temperature": (dict(temperature=0.0), "--temperature is 0.0: it must be at least 0.001"),
+    "no steps": (dict(steps=0), "--steps is 0: it must be at least 1"),
+    "rounds without dynamic sampling": (dict(algorithm="grpo", prompts_per_round=8), "needs --dynamic_sampling true"),
     "wandb not installed": (dict(wandb="project"), "pip install wandb"),
 }
 
@@ -62,6 +67,14 @@ def test_bad_data_is_told_in_one_sentence(small, tmp_path, capsys, rows, said):
     fails(["train", *flags(dataclasses.replace(small, data=str(tmp_path / "bad.jsonl")))], capsys, said)
 
 
+def test_a_mistake_leaves_the_folder_free(small):
+    """A run that could not start must not be in the way of the corrected one."""
+    for change in (dict(wandb="project"), dict(data="missing.jsonl"), dict(max_response=250)):
+        with pytest.raises(fipo.FipoError):
+            fipo.train(dataclasses.replace(small, **change))
+    fipo.train(dataclasses.replace(small, steps=1))
+
+
 def test_groups_without_signal_are_told_in_one_sentence(small, tmp_path, capsys):
     write_jsonl(tmp_path / "hard.jsonl", [{"prompt": "1+1=?\n", "answer": "none"}])
     fails(
@@ -81,8 +94,9 @@ def test_a_model_folder_without_a_model_is_told(small, tmp_path, capsys):
 
 def test_unknown_flag_and_unknown_command(small, capsys):
     fails(["train", *flags(small), "--learning_rate", "1"], capsys, "unrecognized arguments: --learning_rate")
+    fails(["train", *flags(small), "--ste", "1"], capsys, "unrecognized arguments: --ste")
     fails(["trian"], capsys, "first word must be train or eval")
-    fails(["eval", "--model", small.model, "--data", small.data, "--eval_k", "99"], capsys, "--eval_k")
+    fails(["eval", "--model", small.model, "--data", small.data, "--eval_k", "99"], capsys, "--eval_k is 99")
 
 
 @pytest.mark.parametrize("error", [
@@ -156,6 +170,14 @@ def test_train_small_as_a_user_runs_it(tmp_path):
     shutil.rmtree(out)
 
 
+def test_grpo_in_the_embedded_run_is_grpo():
+    given = ["--model", "m", "--data", "d", "--out", "o"]
+    cfg = train_small.configure([*given, "--algorithm", "grpo"], train_small.EMBEDDED)
+    assert fipo.resolve(cfg).overlong_buffer == 0
+    cfg = train_small.configure([*given, "--algorithm", "dapo"], train_small.EMBEDDED)
+    assert fipo.resolve(cfg).overlong_buffer == train_small.EMBEDDED["overlong_buffer"]
+
+
 def test_train_small_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train_small.main(["--help"])
@@ -165,7 +187,7 @@ def test_train_small_help(capsys):
 def test_held_out_problems_are_neither_in_the_corpus_nor_trained_on():
     parts = [{tuple(d) for d in train_small.all_problems()[s]} for s in
              (train_small.HELD_OUT, train_small.FOR_RL, train_small.FOR_CORPUS)]  # fmt: skip
-    assert len(set.union(*parts)) == sum(map(len, parts)) == 9**train_small.OPERANDS
+    assert len(set.union(*parts)) == sum(map(len, parts)) == train_small.LARGEST**train_small.OPERANDS
 
 
 def test_the_corpus_says_what_the_readme_says():
@@ -173,7 +195,7 @@ def test_the_corpus_says_what_the_readme_says():
     import random
 
     rng, share, right, length = random.Random(0), {}, {}, {}
-    for style, weight, slip in train_small.STYLES:
+    for style, weight, slip, _ in train_small.STYLES:
         texts = [(d, train_small.answer(d, style, slip, rng)) for d in train_small.all_problems()[:1000]]
         share[style] = weight
         right[style] = sum(fipo.verify(text, str(sum(d))) for d, text in texts) / 1000

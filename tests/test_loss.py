@@ -3,6 +3,8 @@
 import inspect
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -276,3 +278,12 @@ def test_the_loss_can_be_copied_with_nothing_but_torch():
     logp, old, A, mask = random_case()
     assert namespace["fipo_loss"](logp, old, A, mask)[0] == fipo_loss(logp, old, A, mask)[0]
     assert torch.equal(namespace["group_advantages"](A[None]), group_advantages(A[None]))
+
+
+def test_the_loss_can_be_imported_where_only_torch_is_installed():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'tqdm', 'datasets', 'numpy']))"
+    code = f"{blocked}; import torch, fipo; print(fipo.future_kl(torch.ones(1, 2), torch.ones(1, 2), 1.0).tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=fipo.__file__.rsplit("/", 1)[0], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[[1.5, 1.0]]", done.stderr

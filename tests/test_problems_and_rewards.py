@@ -130,15 +130,23 @@ def test_chat_template_where_there_is_one_plain_text_where_there_is_none(base):
 
 
 def test_long_prompts_are_dropped_and_counted(base, tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(base)
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1" * n, "answer": "2"} for n in (3, 5, 9)])
-    cfg = fipo.EvalConfig(max_prompt=5, max_response=8)
-    assert [len(p.prompt_ids) for p in fipo.encode_problems(str(tmp_path / "a.jsonl"), tokenizer, 64, cfg)] == [3, 5]
+    cfg = fipo.EvalConfig(model=base, data=str(tmp_path / "a.jsonl"), max_prompt=5, max_response=8)
+    policy = fipo.Policy(base, cfg)
+    assert [len(p.prompt_ids) for p in fipo.encode_problems(cfg.data, policy, cfg)] == [3, 5]
     assert "1 of 3 prompts" in capsys.readouterr().out
-    with pytest.raises(FipoError, match="context of 12"):
-        fipo.encode_problems(str(tmp_path / "a.jsonl"), tokenizer, 12, cfg)
+    cfg.max_prompt = 2
     with pytest.raises(FipoError, match="every prompt is longer"):
-        fipo.encode_problems(str(tmp_path / "a.jsonl"), tokenizer, 64, fipo.EvalConfig(max_prompt=2))
+        fipo.encode_problems(cfg.data, policy, cfg)
+    cfg.max_prompt, cfg.max_response = 9, 248
+    with pytest.raises(FipoError, match="context of 256"):
+        fipo.encode_problems(cfg.data, policy, cfg)
+
+
+def test_numbers_as_answers(tmp_path):
+    """A column with one float makes all its integers floats; 34 must not become "34.0"."""
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": 34}, {"prompt": "b", "answer": 0.5}])
+    assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == ["34", "0.5"]
 
 
 def test_the_stream_of_problems_shows_each_once_an_epoch_and_can_be_entered_anywhere():

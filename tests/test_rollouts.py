@@ -193,7 +193,7 @@ def test_evaluate_reports_avg_cons_pass_and_length(base, sums):
         model=base, data=sums, max_prompt=16, max_response=32, eval_samples=8, eval_k=2, eval_top_p=1.0
     )
     p = Policy(base, cfg)
-    problems = fipo.encode_problems(sums, p.tokenizer, 256, cfg)
+    problems = fipo.encode_problems(sums, p, cfg)
     metrics, groups = fipo.evaluate(HFSampler(p), p.tokenizer, problems, cfg)
     right = [[fipo.verify(r.text, r.problem.answer) for r in g] for g in groups]
     assert metrics["eval/accuracy"] == pytest.approx(sum(map(sum, right)) / (8 * len(groups)))

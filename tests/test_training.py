@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, flags, read_jsonl, shared_data, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import fipo
 from fipo import HFSampler, Policy, Rollout
@@ -37,7 +38,7 @@ def prepared(cfg: fipo.Config) -> tuple[fipo.Config, Policy, list[list[Rollout]]
     """Settings, policy and one scored batch of rollouts, just before the first update."""
     cfg = fipo.resolve(cfg)
     policy = Policy(cfg.model, cfg)
-    problems = fipo.encode_problems(cfg.data, policy.tokenizer, 256, cfg)
+    problems = fipo.encode_problems(cfg.data, policy, cfg)
     sampler = HFSampler(policy)
     groups, _, _ = fipo.collect_rollouts(sampler, policy, problems, cfg, 1, 0)
     fipo.assign_rewards([r for g in groups for r in g], cfg)
@@ -53,7 +54,7 @@ def test_dynamic_sampling_keeps_only_groups_that_teach(small):
     cfg, policy, groups = prepared(small)
     assert len(groups) == cfg.prompts_per_batch
     assert all(0 < fipo.group_accuracy(g) < 1 for g in groups)
-    problems = fipo.encode_problems(cfg.data, policy.tokenizer, 256, cfg)
+    problems = fipo.encode_problems(cfg.data, policy, cfg)
     sampler = HFSampler(policy)
     hard = [dataclasses.replace(p, answer="none") for p in problems]
     _, seen, cursor = fipo.collect_rollouts(sampler, policy, problems, cfg, 1, 0)
@@ -65,7 +66,7 @@ def test_dynamic_sampling_keeps_only_groups_that_teach(small):
 def test_variance_from_the_length_penalty_alone_does_not_save_a_group(small):
     """Groups that are all wrong at different lengths have rewards that differ, and are still sampled again."""
     cfg, policy, _ = prepared(small)
-    hard = [dataclasses.replace(p, answer="none") for p in fipo.encode_problems(cfg.data, policy.tokenizer, 256, cfg)]
+    hard = [dataclasses.replace(p, answer="none") for p in fipo.encode_problems(cfg.data, policy, cfg)]
     everything = dataclasses.replace(cfg, dynamic_sampling=False)
     groups, _, _ = fipo.collect_rollouts(HFSampler(policy), policy, hard, everything, 1, 0)
     fipo.assign_rewards([r for g in groups for r in g], cfg)
@@ -177,16 +178,21 @@ def test_the_other_rungs_of_the_ladder_run(small, algorithm):
     assert all(line["influence/mean"] == 1 for line in lines[1:])
 
 
-def test_gsm8k_runs_through_the_real_loop(base, tmp_path):
-    """A model that has never seen a word learns nothing; data, prompts, verifier, loop and logs are the real ones."""
-    cfg = fipo.Config(
-        model=base, data=shared_data("gsm8k/train.jsonl"), out=str(tmp_path / "run"), steps=2, algorithm="dapo",
-        dynamic_sampling=False, group_size=4, prompts_per_batch=2, prompts_per_mini_batch=1, max_prompt=180,
-        max_response=64, overlong_buffer=60, lr=1e-5,
-    )  # fmt: skip
-    fipo.train(cfg)
-    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+def test_gsm8k_runs_through_the_real_loop(tmp_path):
+    """A random model that reads bytes learns nothing; data, prompts, verifier, loop and logs are the real ones."""
+    data, model, out = shared_data("gsm8k/train.jsonl"), tmp_path / "model", tmp_path / "run"
+    vocabulary = {c: i for i, c in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    end = "<|endoftext|>"
+    Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=end, pad_token=end, unk_token=end).save_pretrained(model)
+    config = Qwen2Config(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, eos_token_id=0)  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(model)
+    fipo.main(["train", "--model", str(model), "--data", data, "--out", str(out), "--steps", "2", "--algorithm", "dapo",
+               "--dynamic_sampling", "false", "--group_size", "4", "--prompts_per_batch", "2", "--max_response", "64",
+               "--prompts_per_mini_batch", "1", "--max_prompt", "400", "--overlong_buffer", "60"])  # fmt: skip
+    lines = read_jsonl(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["grad_norm"] > 0
+    assert "Solve the problem below" in read_jsonl(out / "samples.jsonl")[0]["prompt"][0]["content"]
 
 
 def test_eval_command_on_aime(base, tmp_path, capsys):
@@ -287,9 +293,57 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_taken(long_run, t
     assert fipo.newest_checkpoint(out) == before
     said = capsys.readouterr().out
     assert "step_000008 is damaged (optimizer.pt)" in said and "falling back" in said
-    (before / "model.safetensors").unlink()
-    with pytest.raises(fipo.FipoError, match="no checkpoint in .* is whole"):
-        fipo.newest_checkpoint(out)
+    process = start(dataclasses.replace(long_run, out=str(out)), "--resume")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resuming after step 6" in output
+    mine, theirs = weights(newest), weights(Path(long_run.out) / "checkpoints" / "step_000008")
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    for folder in (newest, before):
+        (folder / "model.safetensors").unlink()
+    for _ in range(2):  # and saying so destroys nothing
+        with pytest.raises(fipo.FipoError, match=r"no checkpoint in .* is whole"):
+            fipo.newest_checkpoint(out)
+
+
+def test_an_error_during_rollouts_loses_no_finished_step(small, monkeypatch):
+    """Whatever ends the run between two updates, the steps already done are saved, though none was due to be."""
+    collect = fipo.collect_rollouts
+
+    def dies_at_step_two(*args):
+        if args[4] == 2:
+            raise MemoryError
+        return collect(*args)
+
+    monkeypatch.setattr(fipo, "collect_rollouts", dies_at_step_two)
+    small = dataclasses.replace(small, save_every=100)
+    with pytest.raises(MemoryError):
+        fipo.train(small)
+    assert fipo.newest_checkpoint(Path(small.out)).name == "step_000001"
+    monkeypatch.undo()
+    fipo.train(dataclasses.replace(small, resume=True))
+    assert [line["step"] for line in read_jsonl(Path(small.out) / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_signal_during_an_update_waits_for_its_end(small, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    step = Policy.step
+
+    def signalled(policy, lr, scale):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(policy, lr, scale)
+
+    monkeypatch.setattr(Policy, "step", signalled)
+    with pytest.raises(fipo.Interrupted):
+        fipo.train(small)
+    checkpoint = fipo.newest_checkpoint(Path(small.out))
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == 1  # both updates of step 1 are in
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_resuming_names_settings_that_changed(small, capsys):
+    fipo.train(small)
+    fipo.train(dataclasses.replace(small, resume=True, steps=3, lr=2e-4))
+    assert "settings that differ from the run so far: steps 2 → 3, lr 0.0001 → 0.0002" in capsys.readouterr().out
 
 
 def test_when_nothing_is_left_to_learn_the_run_saves_and_says_so(small, tmp_path):
