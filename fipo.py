@@ -18,8 +18,8 @@ reinforced future count more. The sections below follow the data:
  10. The loop, evaluation, checkpoints and the command line                                  train, evaluate
 
 At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO. FIPO acts only because one batch of rollouts
-feeds several updates. DAPO is FIPO with f ≡ 1; GRPO is DAPO with a symmetric clip, a mean per response, no dynamic
-sampling and no length penalty (PRESETS).
+feeds several updates. DAPO is FIPO with f ≡ 1; GRPO is DAPO with a symmetric clip, no dual clip, a mean per response,
+no dynamic sampling and no length penalty (PRESETS).
 
 Where this file simplifies or departs from the paper or the authors' release, on purpose:
   a. The token mean has one denominator, the whole mini-batch. The release averages each micro-batch and weights by
@@ -43,6 +43,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -53,6 +54,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,10 +195,7 @@ def resolve(cfg: Config) -> Config:
     require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer"
             f" ({cfg.overlong_buffer}): raise the first, or lower the second (0: no penalty).")  # fmt: skip
     require(len(bounds) == 2 and 0 <= bounds[0] <= bounds[1], f"--weight_range is {bounds}: give lo hi, 0 ≤ lo ≤ hi.")
-    require(
-        cfg.clip_low < 1,
-        f"--clip_low is {cfg.clip_low}: the lower bound of the ratio, 1 − clip_low, must stay above 0.",
-    )
+    require(cfg.clip_low < 1, f"--clip_low is {cfg.clip_low}: it must be below 1.")
     require(cfg.dynamic_sampling or cfg.prompts_per_round == batch,
             "--prompts_per_round needs --dynamic_sampling true: leave one of the two out.")  # fmt: skip
     if batch == mini and bounds[0] < bounds[1]:
@@ -465,7 +464,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 responses to compare")
-    R = (rewards - rewards[:, :1]).float()  # only differences matter; equal rewards become exact zeros
+    R = rewards.float() - rewards[:, :1].float()  # only differences matter; equal rewards become exact zeros
     return (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-6)
 
 
@@ -686,9 +685,10 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
 
     `first`: no update came between scoring and now, so the ratio must be 1; FipoError, before anything moves, if not.
     """
+    tokens = sum(len(r.response_ids) for r in mini)
     by_response = cfg.loss_mean == "response"
-    count = len(mini) if by_response else sum(len(r.response_ids) for r in mini)  # the one denominator of all passes
-    parts: list[tuple[int, dict[str, float]]] = []
+    count = len(mini) if by_response else tokens  # the one denominator of all passes
+    totals: Counter[str] = Counter()  # counts and the loss are summed; of the rest, the means over tokens are averaged
     policy.model.train()
     for part in micro_batches(mini, cfg.tokens_per_micro_batch):
         ids, mask, old_logp, A = collate(part, policy.device)
@@ -699,48 +699,39 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
                                   safety=cfg.safety, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                                   dual_clip=cfg.dual_clip, num_tokens=count)  # fmt: skip
         policy.backward(loss)
-        drift = (logp.detach() - old_logp).abs().sum().item() / mask.sum().item()
-        parts.append((int(mask.sum()), metrics | {"loss": loss.item(), "drift": drift}))
-    merged = merge_metrics(parts)
-    require(not (first and merged["drift"] > policy.tolerance), "before any update the ratio is not 1 (mean |Δlog p| "
-            f"is {merged['drift']:.2g}): if the model uses dropout, set it to 0 in its config.json.")  # fmt: skip
-    dropped = merged["dropped_sequences" if by_response else "dropped_tokens"]
+        share = sum(len(r.response_ids) for r in part) / tokens
+        del metrics["influence_min"], metrics["influence_max"]
+        totals.update({k: v if k.startswith("dropped") else share * v for k, v in metrics.items()})
+        drift = (logp.detach() - old_logp).abs().sum().item() / tokens
+        totals.update({"loss": loss.item(), "drift": drift})
+    require(not (first and totals["drift"] > policy.tolerance), "before any update the ratio is not 1 (mean |Δlog p| "
+            f"is {totals['drift']:.2g}): if the model uses dropout, set it to 0 in its config.json.")  # fmt: skip
+    dropped = totals["dropped_sequences" if by_response else "dropped_tokens"]
     scale = count / max(count - dropped, 1)  # dropped responses leave the denominator too
     norm = policy.step(lr, scale)
-    skipped = float(not math.isfinite(norm))
-    return merged | {"loss": merged["loss"] * scale, "grad_norm": norm, "skipped_updates": skipped}
-
-
-def merge_metrics(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Metrics of several passes as those of one: sums and extremes where the name says so, else means over tokens."""
-    total, merged = sum(n for n, _ in parts), {}
-    for name in parts[0][1]:
-        values = [metrics[name] for _, metrics in parts]
-        if name == "loss" or name.startswith(("dropped", "skipped")):
-            merged[name] = sum(values)
-        elif name.endswith(("_min", "_max")):
-            merged[name] = min(values) if name.endswith("_min") else max(values)
-        else:
-            merged[name] = sum(n * v for (n, _), v in zip(parts, values)) / total
-    return merged
+    totals["loss"] *= scale
+    return dict(totals) | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
 
 
 def update(policy: Policy, groups: list[list[Rollout]], cfg: Config, step: int) -> dict[str, float]:
-    """All updates of one batch of rollouts: mini-batches of whole groups, in shuffled order."""
+    """All updates of one batch of rollouts: mini-batches of whole groups, in shuffled order. Returns what is logged."""
     order = random.Random(derive_seed(cfg.seed, "mini-batch", step)).sample(groups, len(groups))
     lr = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1))  # step counts from 1: the first one learns
     done: list[dict[str, float]] = []
     for i in tqdm(range(0, len(order), cfg.prompts_per_mini_batch), desc="update", leave=False, disable=None):
         mini = [r for group in order[i : i + cfg.prompts_per_mini_batch] for r in group]
         done.append(update_mini_batch(policy, mini, cfg, lr, first=i == 0))
-    merged = merge_metrics([(1, m) for m in done])
-    merged |= {"loss": merged["loss"] / len(done), "lr": lr,
-               "influence_first": done[0]["influence_mean"], "influence_last": done[-1]["influence_mean"]}  # fmt: skip
+    logged = {name: sum(m[name] for m in done) / len(done) for name in done[0]}
+    logged |= {name: sum(m[name] for m in done) for name in ("skipped_updates", "dropped_sequences", "dropped_tokens")}
+    logged |= {"lr": lr, "influence_first": done[0]["influence_mean"], "influence_last": done[-1]["influence_mean"]}
     names = {"future_kl_mean": "future_kl/mean", "ppo_kl": "policy_kl"}
-    return {names.get(k, k.replace("influence_", "influence/")): v for k, v in merged.items()}
+    return {names.get(name, name.replace("influence_", "influence/")): value for name, value in logged.items()}
 
 
 # ----------------------------------------------------------------------------------------- 10. Loop and evaluation
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
 class NoSignal(FipoError):
     """Too few groups with both right and wrong answers."""
 
@@ -793,7 +784,7 @@ def train_step(policy: Policy, sampler: HFSampler, problems: list[Problem], cfg:
 
     `accuracy` and `response_length` are of everything sampled, what else is logged of the groups trained on.
     """
-    step, start = state.step + 1, time.perf_counter()
+    step, clock = state.step + 1, [time.perf_counter()]
     groups, seen, cursor = collect_rollouts(sampler, policy, problems, cfg, step, state.cursor)
     rollouts = [r for group in groups for r in group]
     assign_rewards(rollouts, cfg)
@@ -801,25 +792,20 @@ def train_step(policy: Policy, sampler: HFSampler, problems: list[Problem], cfg:
     if not any(r.advantage for r in rollouts):
         raise NoSignal(f"step {step}: in every group all rewards are equal, so nothing can be learned; accuracy "
                        f"seen: {seen['accuracy']:.1%}. Give problems the model gets right sometimes.")  # fmt: skip
-    rolled_out = time.perf_counter()
+    clock.append(time.perf_counter())
     scored = score_old_logp(policy, rollouts)
-    scored_at = time.perf_counter()
+    clock.append(time.perf_counter())
     with undisturbed():
         state.whole = False
         updated = update(policy, groups, cfg, step)
         sampler.sync()
-        end = time.perf_counter()
-        times = {"time/rollout": rolled_out - start, "time/score": scored_at - rolled_out,
-                 "time/update": end - scored_at, "tokens_per_second": seen.pop("tokens") / (end - start)}  # fmt: skip
-        reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
+        clock.append(time.perf_counter())
         log_samples(cfg, step, "train", groups)
-        files = {p.name: p.stat().st_size for p in Path(cfg.out).glob("*.jsonl")}
-        state.step, state.cursor, state.line, state.files = (
-            step,
-            cursor,
-            reward | seen | scored | updated | times,
-            files,
-        )
+        spans = dict(zip(("time/rollout", "time/score", "time/update"), (b - a for a, b in itertools.pairwise(clock))))
+        seen["tokens_per_second"] = seen.pop("tokens") / (clock[-1] - clock[0])
+        reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
+        state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | spans
+        state.files = {name: (Path(cfg.out) / name).stat().st_size for name in LOGS}
         state.whole = True
         if step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(policy, state)
@@ -840,6 +826,13 @@ def training_loop(policy: Policy, sampler: HFSampler, problems: list[Problem], e
             if state.step >= cfg.steps:
                 return
             train_step(policy, sampler, problems, cfg, state)
+            shown = {
+                "accuracy": "accuracy",
+                "length": "response_length/mean",
+                "f": "influence/last",
+                "clip": "clip_frac",
+            }
+            bar.set_postfix({name: f"{state.line[key]:.3g}" for name, key in shown.items()}, refresh=False)
             bar.update()
 
 
@@ -850,6 +843,8 @@ def train(cfg: Config) -> None:
     used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
     require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
     resumed = newest_checkpoint(out) if cfg.resume else None
+    if used and not resumed:
+        say(f"{out} has no checkpoint yet: starting anew")
     policy = Policy(str(resumed or cfg.model), cfg)
     sampler = HFSampler(policy)
     problems = encode_problems(cfg.data, policy, cfg)
@@ -869,10 +864,7 @@ def train(cfg: Config) -> None:
         say(f"resuming after step {state.step} from {resumed}")
         name_changes(json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg))
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-    for name in (
-        "metrics.jsonl",
-        "samples.jsonl",
-    ):  # what came after the checkpoint is written again, to the same digit
+    for name in LOGS:  # what came after the checkpoint is written again, to the same digit
         with open(out / name, "a") as file:
             file.truncate(state.files.get(name, 0))
     try:
@@ -943,7 +935,7 @@ def save_checkpoint(policy: Policy, state: State) -> None:
     sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
     (partial / "manifest.json").write_text(json.dumps(sizes))
     for file in partial.iterdir():
-        with open(file, "rb") as handle:
+        with open(file, "r+b") as handle:
             os.fsync(handle.fileno())
     partial.rename(final)
     for old in sorted(folder.glob("step_*"))[:-2]:

@@ -227,7 +227,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
     for axes in (accuracy, length, entropy):
         axes.legend()
     handles = [h for axes in (influence, share) for h in axes.get_legend_handles_labels()[0]]
-    share.legend(handles=handles, fontsize="small")
+    share.legend(handles=handles, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     for axes in (accuracy, length, influence, entropy):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
