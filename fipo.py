@@ -167,6 +167,12 @@ def explain(attempt: str) -> Iterator[None]:
         raise FipoError(f"{attempt} failed: {(str(cause).strip() or repr(cause)).splitlines()[0]}") from error
 
 
+def make_folder(path: Path) -> Path:
+    with explain(f"making the folder {path}"):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def say(text: str) -> None:
     tqdm.write(text)  # print, without tearing a progress bar apart
 
@@ -236,6 +242,7 @@ def load_problems(source: str) -> list[Problem]:
 
     datasets.disable_progress_bars()
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    require(kind or not Path(source).exists(), f"{source} is not a .jsonl, .json or .parquet file.")
     require(not kind or Path(source).is_file(), f"there is no file {source}.")
     require(not kind or Path(source).stat().st_size, f"{source} is empty: it must hold problems.")
     name, config, split = (source.split(":") + ["", ""])[:3]
@@ -842,6 +849,7 @@ def train(cfg: Config) -> None:
     out, state, track = Path(cfg.out), State(), lambda line, step: None
     used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
     require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
+    make_folder(out)
     resumed = newest_checkpoint(out) if cfg.resume else None
     if used and not resumed:
         say(f"{out} has no checkpoint yet: starting anew")
@@ -853,11 +861,9 @@ def train(cfg: Config) -> None:
         with explain("--wandb (pip install wandb)"):
             import wandb
 
-            out.mkdir(parents=True, exist_ok=True)
             run_id = f"{derive_seed(str(out.resolve())):08x}"
             wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=dataclasses.asdict(cfg), dir=cfg.out)
             track = wandb.log
-    out.mkdir(parents=True, exist_ok=True)
     if resumed:
         policy.load_optimizer(resumed)
         state = State(**json.loads((resumed / "state.json").read_text()))
@@ -1038,8 +1044,7 @@ def run_eval(cfg: EvalConfig) -> None:
         f"top-p {cfg.eval_top_p}\navg@{n} {measured['eval/accuracy']:.1%}   cons@{n} {measured['eval/cons']:.1%}   "
         f"pass@{k} {measured['eval/pass']:.1%}   length {measured['eval/response_length']:.1f} tokens")  # fmt: skip
     if cfg.out:
-        out = Path(cfg.out)
-        out.mkdir(parents=True, exist_ok=True)
+        out = make_folder(Path(cfg.out))
         (out / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | measured, indent=2))
         (out / "responses.jsonl").unlink(missing_ok=True)
         append_jsonl(out / "responses.jsonl", [sample_row(r) for group in groups for r in group])
@@ -1075,7 +1080,8 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
         sys.exit(f"fipo: the first word must be {' or '.join(COMMANDS)}, as in `python fipo.py train --help`.")
     config, command = COMMANDS[argv[0]]
-    parser = HfArgumentParser(config, prog=f"fipo.py {argv[0]}", description=command.__doc__, allow_abbrev=False)
+    usage = f"python fipo.py {argv[0]} [--help] [--SETTING VALUE …]"
+    parser = HfArgumentParser(config, usage=usage, description=command.__doc__, allow_abbrev=False)
     with one_clear_sentence():
         command(config(**vars(parser.parse_args(argv[1:]))))
 

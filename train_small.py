@@ -163,9 +163,9 @@ def embedded_run(out: Path, pretrain_steps: int) -> dict[str, Any]:
         say(f"base model: pretraining for {pretrain_steps} steps, once; then cached in {base}")
         pretrain(base, pretrain_steps)
     files, problems = {}, all_problems()
-    (out / "problems").mkdir(parents=True, exist_ok=True)
+    folder = fipo.make_folder(out / "problems")
     for name, part in (("data", FOR_RL), ("eval_data", HELD_OUT)):
-        path = out / "problems" / f"{name}.jsonl"
+        path = folder / f"{name}.jsonl"
         rows = [
             json.dumps({"prompt": question(digits), "answer": str(sum(digits))}) + "\n" for digits in problems[part]
         ]
@@ -244,7 +244,8 @@ def hub_has(model: str) -> bool:
 
 
 def parser() -> HfArgumentParser:
-    parser = HfArgumentParser(fipo.Config, description=__doc__, allow_abbrev=False)
+    usage = "python train_small.py [--help] [--SETTING VALUE …]"
+    parser = HfArgumentParser(fipo.Config, usage=usage, description=__doc__, allow_abbrev=False)
     parser.add_argument("--pretrain_steps", type=int, default=1000, help="embedded run: steps of making the base model")
     return parser
 

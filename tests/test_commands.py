@@ -21,7 +21,7 @@ def fails(argv: list[str], capsys, said: str) -> None:
         fipo.main(argv)
     sentence = capsys.readouterr().err if stop.value.code == 2 else str(stop.value.code)
     assert stop.value.code not in (0, None) and re.search(said, sentence), sentence
-    assert len(sentence.splitlines()) == 1 or stop.value.code == 2
+    assert len(sentence.splitlines()) == (2 if stop.value.code == 2 else 1)  # argparse adds a line of usage
 
 
 MISTAKES = {
@@ -29,6 +29,7 @@ MISTAKES = {
     "missing model folder": (dict(model="no/such/folder"), "'no/such/folder' .no such folder, so sought on the hub"),
     "no data": (dict(data=""), "--data is missing"),
     "no out": (dict(out=""), "--out is missing"),
+    "a folder as data": (dict(data="tests"), "tests is not a .jsonl, .json or .parquet file"),
     "missing file": (dict(data="missing.jsonl"), "there is no file missing.jsonl"),
     "one response a group": (dict(group_size=1), "--group_size is 1: it must be at least 2"),
     "mini-batch larger than the batch": (dict(prompts_per_mini_batch=8), "must be at most --prompts_per_batch"),
@@ -54,6 +55,12 @@ MISTAKES = {
 def test_mistakes_are_told_in_one_sentence(small, capsys, mistake):
     change, said = MISTAKES[mistake]
     fails(["train", *flags(dataclasses.replace(small, **change))], capsys, said)
+
+
+def test_an_out_that_cannot_be_a_folder_is_told(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "sub"):
+        fails(["train", *flags(dataclasses.replace(small, out=str(out)))], capsys, "making the folder .* failed")
 
 
 @pytest.mark.parametrize("rows, said", [
