@@ -34,7 +34,7 @@ Where this file simplifies or departs from the paper or the authors' release, on
 
   python fipo.py train --model Qwen/Qwen2.5-0.5B --data openai/gsm8k:main --out runs/gsm8k --max_response 1024 \
                        --overlong_buffer 256 --prompts_per_batch 64 --prompts_per_mini_batch 16
-  python fipo.py eval  --model DIR --data aime-2024.parquet --eval_samples 32
+  python fipo.py eval  --model DIR --data aime-2024.parquet --eval_samples 32 --verifier math
   python train_small.py         # the same loop, set up to show something within minutes on any machine
 """
 
@@ -131,9 +131,9 @@ class Config(EvalConfig):
 AT_LEAST = {
     2: "group_size",
     1: "max_prompt max_response rollout_rows eval_samples eval_every steps save_every max_gen_rounds prompts_per_batch "
-       "prompts_per_mini_batch tokens_per_micro_batch",
+       "prompts_per_mini_batch tokens_per_micro_batch dual_clip",
     1e-3: "temperature eval_temperature eval_top_p tau",
-    0: "eval_k safety clip_low lr warmup_steps weight_decay grad_clip log_samples",
+    0: "eval_k safety clip_low clip_high overlong_buffer lr warmup_steps weight_decay grad_clip log_samples",
 }  # fmt: skip
 
 DAPO = dict(weight_range=[1.0, 1.0], clip_high=0.28, dual_clip=10.0, loss_mean="token", dynamic_sampling=True,
@@ -684,6 +684,8 @@ def score_old_logp(policy: Policy, rollouts: list[Rollout]) -> dict[str, float]:
         for r, row in zip(part, logp[mask].cpu().split([len(r.response_ids) for r in part])):
             r.old_logp = row
             mismatch += (row - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
+    require(not mismatch > policy.tolerance, "sampler and trainer are not one policy: their log-probs differ by "
+            f"{mismatch:.2g}; models that change logits after the head (softcap, scale) do not work.")  # fmt: skip
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
 
@@ -867,6 +869,7 @@ def train(cfg: Config) -> None:
     if resumed:
         policy.load_optimizer(resumed)
         state = State(**json.loads((resumed / "state.json").read_text()))
+        require(state.step <= cfg.steps, f"{out} is at step {state.step} already: raise --steps above {cfg.steps}.")
         say(f"resuming after step {state.step} from {resumed}")
         name_changes(json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg))
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
@@ -983,7 +986,7 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def sample_row(r: Rollout) -> dict[str, Any]:
     return {"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct,
-            "reward": r.reward, "length": len(r.response_ids)}  # fmt: skip
+            "length": len(r.response_ids)}  # fmt: skip
 
 
 def log_samples(cfg: Config, step: int, kind: str, groups: list[list[Rollout]]) -> None:

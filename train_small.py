@@ -185,6 +185,7 @@ def report(out: Path) -> None:
     """Before and after on problems never trained on: a table, three responses, curves.png."""
     lines = read_jsonl(out / "metrics.jsonl")
     evaluated = [line for line in lines if "eval/accuracy" in line]
+    fipo.require(evaluated, f"the run in {out} is done, but without --eval_data there is nothing to report.")
     before, after = evaluated[0], evaluated[-1]
     say(f"\n{'held-out problems':24}{'before':>10}{'step ' + str(after['step']):>10}")
     say(f"{'accuracy':24}{before['eval/accuracy']:>10.1%}{after['eval/accuracy']:>10.1%}")
@@ -253,10 +254,10 @@ def parser() -> HfArgumentParser:
 def configure(argv: list[str], defaults: dict[str, Any]) -> fipo.Config:
     """The settings given, over `defaults`, over those of fipo.py."""
     with_defaults = parser()
+    if with_defaults.parse_args(argv).algorithm == "grpo":  # it has no length penalty: let its preset say so
+        defaults = {name: value for name, value in defaults.items() if name != "overlong_buffer"}
     with_defaults.set_defaults(**defaults)
     given = vars(with_defaults.parse_args(argv))
-    if given["algorithm"] == "grpo" and "--overlong_buffer" not in argv:
-        given["overlong_buffer"] = None  # GRPO has no length penalty: let its preset say so
     del given["pretrain_steps"]
     return fipo.Config(**given)
 

@@ -115,7 +115,7 @@ def test_the_first_warm_up_step_already_learns(small):
     metrics = fipo.update(policy, groups, cfg, step=1)
     assert metrics["lr"] == cfg.lr / 2  # warmup_steps is 2
     assert any(not torch.equal(before[k], v) for k, v in policy.model.state_dict().items())
-    fipo.score_old_logp(policy, [r for g in groups for r in g])
+    cfg, policy, groups = prepared(small)
     assert fipo.update(policy, groups, cfg, step=5)["lr"] == cfg.lr
 
 
@@ -136,6 +136,13 @@ def test_a_ratio_that_is_not_one_at_the_first_update_stops_the_run(small):
     with pytest.raises(fipo.FipoError, match="the ratio is not 1"):
         fipo.update(policy, groups, cfg, step=1)
     assert all(torch.equal(before[k], v) for k, v in policy.model.state_dict().items())
+
+
+def test_a_sampler_that_is_not_the_trainer_s_policy_stops_the_run(small):
+    _, policy, groups = prepared(small)
+    groups[0][0].sampler_logp = [lp - 1.0 for lp in groups[0][0].sampler_logp]
+    with pytest.raises(fipo.FipoError, match="not one policy"):
+        fipo.score_old_logp(policy, groups[0])
 
 
 def test_presets_are_a_ladder_and_explicit_settings_win():
@@ -344,6 +351,8 @@ def test_resuming_names_settings_that_changed(small, capsys):
     fipo.train(small)
     fipo.train(dataclasses.replace(small, resume=True, steps=3, lr=2e-4))
     assert "settings that differ from the run so far: steps 2 → 3, lr 0.0001 → 0.0002" in capsys.readouterr().out
+    with pytest.raises(fipo.FipoError, match="is at step 3 already"):
+        fipo.train(dataclasses.replace(small, resume=True, steps=1))
 
 
 def test_when_nothing_is_left_to_learn_the_run_saves_and_says_so(small, tmp_path):
