@@ -121,7 +121,7 @@ class Config(EvalConfig):
     weight_decay: float = arg(0.1, "AdamW weight decay")
     grad_clip: float = arg(1.0, "largest gradient norm")
     tokens_per_micro_batch: int = arg(32768, "padded tokens per forward and backward pass")
-    gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, a third more time")
+    gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, more time")
     eval_every: int = arg(5, "steps between evaluations; the first and last step are always evaluated")
     save_every: int = arg(10, "steps between checkpoints; two are kept")
     log_samples: int = arg(3, "responses written to samples.jsonl per step")
@@ -442,7 +442,7 @@ def verify_math(response: str, ground_truth: str) -> bool:
 
 
 def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
-    """DAPO's soft overlong penalty: 0 until `buffer` tokens before the limit, then linear down to −1 (DAPO, Eq. 13)."""
+    """DAPO's soft overlong penalty: 0 until `buffer` tokens before the limit, then linear down to −1 (DAPO paper)."""
     return min(-(length - (max_response - buffer)) / buffer, 0.0) if buffer else 0.0
 
 
