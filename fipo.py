@@ -673,7 +673,10 @@ class Policy:
 
 @torch.no_grad()
 def score_old_logp(policy: Policy, rollouts: list[Rollout]) -> dict[str, float]:
-    """π_old: the trainer's own log-probs of the rollouts before any update. Fills `old_logp`."""
+    """π_old: the trainer's own log-probs of the rollouts before any update. Fills `old_logp`.
+
+    Raises FipoError if the sampler's log-probs differ from them by more than rounding: it sampled another policy.
+    """
     policy.model.eval()
     passes = micro_batches(rollouts, policy.cfg.tokens_per_micro_batch)
     entropy, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for r in rollouts)
