@@ -43,6 +43,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -51,16 +52,23 @@ import random
 import re
 import shutil
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
+import warnings
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import distributed
 from torch.utils.checkpoint import checkpoint
 
 with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where there is only torch
@@ -85,7 +93,10 @@ class EvalConfig:
     max_prompt: int = arg(2048, "longest prompt in tokens; longer ones are dropped, with a count")
     max_response: int = arg(20480, "longest response in tokens")
     verifier: Literal["dapo", "math"] = arg("dapo", "dapo: the last 'Answer:' line, as text; math: math-verify")
-    rollout_rows: int = arg(512, "responses the Hugging Face sampler decodes at a time")
+    sampler: Literal["auto", "vllm", "hf"] = arg("auto", "auto: vLLM where it is installed, else Hugging Face")
+    rollout_rows: int = arg(512, "responses a sampler is given at a time; what bounds the memory of rollouts")
+    tensor_parallel: int = arg(1, "ranks that share one vLLM engine")
+    vllm_memory: float = arg(0.5, "share of a GPU's memory that vLLM may take")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "compute dtype; auto: bfloat16 on a GPU that has it")
     eval_samples: int = arg(32, "responses per evaluation problem, n")
     eval_k: int = arg(0, "k of pass@k, unbiased for k < n (0: k = n)")
@@ -122,6 +133,8 @@ class Config(EvalConfig):
     grad_clip: float = arg(1.0, "largest gradient norm")
     tokens_per_micro_batch: int = arg(32768, "padded tokens per forward and backward pass")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, more time")
+    deepspeed: str = arg("", "DeepSpeed's JSON file, as ds_config.json; none: plain torch, one process")
+    offload: bool = arg(False, "DeepSpeed: optimiser and parameters live in the hosts' memory")
     eval_every: int = arg(5, "steps between evaluations; the first and last step are always evaluated")
     save_every: int = arg(10, "steps between checkpoints; two are kept")
     log_samples: int = arg(3, "responses written to samples.jsonl per step")
@@ -131,8 +144,8 @@ class Config(EvalConfig):
 AT_LEAST = {
     2: "group_size",
     1: "max_prompt max_response rollout_rows eval_samples eval_every steps save_every max_gen_rounds prompts_per_batch "
-       "prompts_per_mini_batch tokens_per_micro_batch dual_clip",
-    1e-3: "temperature eval_temperature eval_top_p tau",
+       "prompts_per_mini_batch tokens_per_micro_batch dual_clip tensor_parallel",
+    1e-3: "temperature eval_temperature eval_top_p tau vllm_memory",
     0: "eval_k safety clip_low clip_high overlong_buffer lr warmup_steps weight_decay grad_clip log_samples",
 }  # fmt: skip
 
@@ -144,6 +157,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "grpo": DAPO | dict(clip_high=0.2, dual_clip=math.inf, loss_mean="response", dynamic_sampling=False,
                         overlong_buffer=0),
 }  # fmt: skip
+
+
+VLLM = "0.32.0"  # the version whose weight reloading this file knows
 
 
 class FipoError(Exception):
@@ -167,6 +183,11 @@ def explain(attempt: str) -> Iterator[None]:
         raise FipoError(f"{attempt} failed: {(str(cause).strip() or repr(cause)).splitlines()[0]}") from error
 
 
+def read_json(path: str) -> dict[str, Any]:
+    with explain(f"reading {path}"):
+        return json.loads(Path(path).read_text())
+
+
 def make_folder(path: Path) -> Path:
     with explain(f"making the folder {path}"):
         path.mkdir(parents=True, exist_ok=True)
@@ -174,7 +195,12 @@ def make_folder(path: Path) -> Path:
 
 
 def say(text: str) -> None:
-    tqdm.write(text)  # print, without tearing a progress bar apart
+    if rank() == 0:
+        tqdm.write(text)  # print, without tearing a progress bar apart
+
+
+def progress(*args: Any, **how: Any) -> tqdm:
+    return tqdm(*args, leave=False, disable=True if rank() else None, **how)
 
 
 def check(cfg: EvalConfig) -> None:
@@ -185,7 +211,8 @@ def check(cfg: EvalConfig) -> None:
         for name in names.split():
             value = getattr(cfg, name, least)  # eval knows only some of them
             require(value >= least, f"--{name} is {value}: it must be at least {least}.")
-    require(cfg.eval_top_p <= 1, f"--eval_top_p is {cfg.eval_top_p}: it must be at most 1.")
+    for name in ("eval_top_p", "vllm_memory"):
+        require(getattr(cfg, name) <= 1, f"--{name} is {getattr(cfg, name)}: it must be at most 1.")
     require(cfg.eval_k <= cfg.eval_samples, f"--eval_k is {cfg.eval_k}, above --eval_samples {cfg.eval_samples}.")
 
 
@@ -257,7 +284,7 @@ def load_problems(source: str) -> list[Problem]:
     require(ask and tell, f"{source} has the columns {rows.column_names}: rename them so that there is one of prompt, "
             "question, problem and one of reward_model, answer, solution.")  # fmt: skip
     problems: dict[str, Problem] = {}
-    for i, row in enumerate(tqdm(rows.select_columns([ask, tell]), desc="problems", leave=False, disable=None)):
+    for i, row in enumerate(progress(rows.select_columns([ask, tell]), desc="problems")):
         prompt, answer = row[ask], row[tell]
         answer = answer.get("ground_truth") if isinstance(answer, dict) else answer
         answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
@@ -302,8 +329,8 @@ class Rollout:
     """One sampled response and what training needs to know of it."""
 
     problem: Problem
-    response_ids: list[int] = field(default_factory=list)  # through the first EOS; all of a truncated response
-    sampler_logp: list[float] = field(default_factory=list)  # compared with old_logp, never trained on
+    response_ids: array = field(default_factory=lambda: array("i"))  # through the first EOS; all of a truncated one
+    sampler_logp: array = field(default_factory=lambda: array("f"))  # compared with old_logp, never trained on
     text: str = ""
     correct: bool = False
     reward: float = 0.0
@@ -315,48 +342,45 @@ class Rollout:
         return len(self.problem.prompt_ids) + len(self.response_ids)
 
 
-def sample_token(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row from softmax(logits) cut to its nucleus, and its log-prob there. [R, V] -> [R], [R]."""
+def sample_token(logits: torch.Tensor, top_p: float, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row from softmax(logits) cut to its nucleus, and its log-prob there. [R, V], [R] -> [R], [R].
+
+    u: one number a row, uniform in [0, 1); the token is the one in whose share of the cumulated distribution it falls.
+    """
     logp = logits.log_softmax(-1)
     if top_p < 1:
         ranked, index = logp.sort(descending=True)
         beyond = ranked.exp().cumsum(-1) - ranked.exp() >= top_p  # never the first
         logp = logp.masked_fill(beyond.scatter(-1, index, beyond), -math.inf).log_softmax(-1)
-    token = torch.multinomial(logp.exp(), 1, generator=generator)  # [R, 1]
+    cumulated = logp.double().exp().cumsum(-1)  # double: in float32, u near 1 could fall beyond the last token
+    token = torch.searchsorted(cumulated, u.double()[:, None] * cumulated[:, -1:], right=True)  # [R, 1]
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
 class HFSampler:
-    """Samples with Hugging Face from the trainer's own model. The seam: any sampler has `generate` and `sync`."""
+    """Samples with Hugging Face from the trainer's own model. The seam: samplers have `generate`, `sleep`, `sync`."""
+
+    ranks = 1  # that work on the same responses
 
     def __init__(self, policy: Policy):
-        self.policy, self.rows = policy, policy.cfg.rollout_rows
-        declared = policy.model.generation_config.eos_token_id
-        eos = {policy.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-        require(eos, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
-        self.eos = torch.tensor(sorted(eos), device=policy.device)
+        self.policy = policy
+        require(not policy.sharded, "--sampler hf cannot read a model that ZeRO-3 has cut into shards: install vllm,"
+                " or set the stage in the --deepspeed file to 2 or less.")  # fmt: skip
+        self.eos = torch.tensor(policy.eos, device=policy.device)
+
+    def sleep(self) -> None:
+        """Rollouts are done: leave the memory to training."""
 
     def sync(self) -> None:
-        """Take over the policy's weights. Sampler and trainer share one model here: nothing to do."""
+        """Wake, and take over the policy's weights. Sampler and trainer share one model here: nothing to do."""
 
-    def generate(self, problems: list[Problem], n: int, max_tokens: int, temperature: float, top_p: float,
-                 seed: int) -> list[list[Rollout]]:  # fmt: skip
-        """`n` responses of at most `max_tokens` tokens to each problem, in the order of the problems."""
-        generator = torch.Generator(self.policy.device).manual_seed(seed)
-        order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))  # alike lengths: less padding
-        groups: dict[int, list[Rollout]] = {}
-        with tqdm(total=len(problems), desc="rollout", unit="prompt", leave=False, disable=None) as bar:
-            for start in range(0, len(order), max(1, self.rows // n)):
-                chunk = order[start : start + max(1, self.rows // n)]
-                with torch.no_grad(), self.policy.autocast():
-                    flat = self._decode([problems[i] for i in chunk], n, max_tokens, temperature, top_p, generator)
-                groups |= {i: flat[j * n : (j + 1) * n] for j, i in enumerate(chunk)}
-                bar.update(len(chunk))
-        return [groups[i] for i in range(len(problems))]
-
-    def _decode(self, problems: list[Problem], n: int, max_tokens: int, temperature: float, top_p: float,
-                generator: torch.Generator) -> list[Rollout]:  # fmt: skip
+    @torch.no_grad()
+    def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
+                 top_p: float) -> list[list[Rollout]]:  # fmt: skip
+        """`n` responses of at most `max_tokens` tokens to each problem; what is drawn depends on its own seed alone."""
         model, device = self.policy.model.eval(), self.policy.device
+        dice = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        u = torch.cat(dice).to(device)  # [R, max_tokens]
         longest = max(len(p.prompt_ids) for p in problems)
         pad = [longest - len(p.prompt_ids) for p in problems]  # on the left, so that all rows grow at the same place
         ids = torch.tensor([[0] * k + p.prompt_ids for k, p in zip(pad, problems)], device=device)  # [P, L]
@@ -366,12 +390,13 @@ class HFSampler:
         rollouts = [Rollout(problem) for problem in problems for _ in range(n)]
         row = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch belongs to
         for step in range(max_tokens):
-            out = model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            with self.policy.autocast():
+                out = model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = out.logits[:, -1].float() / temperature  # [R, V]
             if step == 0:  # a prompt is read once per group, not once per response
                 cache.batch_repeat_interleave(n)
                 logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-            token, logp = sample_token(logits, top_p, generator)
+            token, logp = sample_token(logits, top_p, u[row, step])
             for r, t, lp in zip(row.tolist(), token.tolist(), logp.tolist()):
                 rollouts[r].response_ids.append(t)
                 rollouts[r].sampler_logp.append(lp)
@@ -383,7 +408,92 @@ class HFSampler:
                 cache.batch_select_indices(alive.nonzero()[:, 0])
             mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
             inputs = dict(input_ids=token[:, None], position_ids=mask.sum(1, keepdim=True) - 1)
-        return rollouts
+        return [rollouts[i * n : (i + 1) * n] for i in range(len(problems))]
+
+
+class VLLMSampler:
+    """Samples with vLLM, in this process: an engine for every `tensor_parallel` ranks, with weights of its own."""
+
+    def __init__(self, policy: Policy):
+        cfg, self.policy, self.ranks = policy.cfg, policy, policy.cfg.tensor_parallel
+        heads, gpu = policy.model.config.num_attention_heads, policy.device.type == "cuda"
+        for what, number in (("ranks", world()), ("attention heads", heads)):
+            require(number % self.ranks == 0, f"--tensor_parallel {self.ranks} does not divide the {number} {what}.")
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine in this process, where the weights are
+        for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+            os.environ.setdefault(name, value)
+        with explain(f"importing vllm (pip install -r requirements.txt vllm=={VLLM})"):
+            import vllm
+        require(vllm.__version__.split("+")[0] == VLLM, f"vllm {vllm.__version__} is installed, this file works with "
+                f"{VLLM}: pip install vllm=={VLLM}, or use --sampler hf.")  # fmt: skip
+        shared = distributed.is_initialized()
+        if rank() == 0 and not gpu:  # on CPUs, vLLM does not start over what a killed run left here
+            for left in Path("/dev/shm").glob("*-cpushm_*"):
+                left.unlink(missing_ok=True)
+        everywhere("removed")
+        with explain("starting vLLM (out of memory? change --vllm_memory)"):
+            self.llm = vllm.LLM(
+                policy.path, dtype="bfloat16" if policy.bf16 else "float32", seed=cfg.seed, enforce_eager=not gpu,
+                max_model_len=cfg.max_prompt + cfg.max_response, logprobs_mode="processed_logprobs",
+                gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=gpu, tensor_parallel_size=self.ranks,
+                distributed_executor_backend="external_launcher" if shared else None,
+            )  # fmt: skip
+        self.params = functools.partial(vllm.SamplingParams, logprobs=0, flat_logprobs=True, detokenize=False,
+                                        stop_token_ids=policy.eos)  # fmt: skip
+
+    def sleep(self) -> None:
+        if self.policy.device.type == "cuda":
+            self.llm.sleep(level=2)  # weights and cache are let go, not stored: sync sends the weights anyway
+
+    def sync(self) -> None:
+        gpu = self.policy.device.type == "cuda"
+        if gpu:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.policy.weights()})
+        if gpu:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
+                 top_p: float) -> list[list[Rollout]]:  # fmt: skip
+        how = [self.params(n=n, seed=s, max_tokens=max_tokens, temperature=temperature, top_p=top_p) for s in seeds]
+        prompts = [{"prompt_token_ids": p.prompt_ids} for p in problems]
+        seen = rank() == 0 and sys.stderr.isatty()  # vLLM divides by zero where a bar is not shown
+        done = self.llm.generate(prompts, how, use_tqdm=progress if seen else False)
+        return [
+            [Rollout(p, array("i", o.token_ids), array("f", o.logprobs.logprobs)) for o in d.outputs]
+            for p, d in zip(problems, done)
+        ]
+
+
+def open_sampler(policy: Policy) -> HFSampler | VLLMSampler:
+    wish = policy.cfg.sampler
+    vllm = wish == "vllm" or (wish == "auto" and importlib.util.find_spec("vllm"))
+    return VLLMSampler(policy) if vllm else HFSampler(policy)
+
+
+def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], purpose: tuple, cfg: EvalConfig, n: int,
+           temperature: float, top_p: float) -> Iterator[list[Rollout]]:  # fmt: skip
+    """A group of `n` verified responses to each problem, in their order, on every rank.
+
+    The engines of all ranks are given `rollout_rows` responses each at a time: more than that is never held, and who
+    has seen enough can stop. The result depends on (purpose, place of the problem), not on how the work is shared.
+    """
+    engines, engine = world() // sampler.ranks, rank() // sampler.ranks
+    size = engines * max(1, cfg.rollout_rows // n)
+    with progress(total=len(problems), desc="rollout", unit="prompt") as bar:
+        for start in range(0, len(problems), size):
+            chunk = range(start, min(start + size, len(problems)))
+            mine = chunk[engine::engines]
+            seeds = [derive_seed(*purpose, i) for i in mine]
+            drawn = [problems[i] for i in mine]
+            groups = sampler.generate(drawn, seeds, n, cfg.max_response, temperature, top_p) if drawn else []
+            verify_rollouts([r for group in groups for r in group], sampler.policy.tokenizer, cfg.verifier)
+            meet()
+            shares = everywhere(groups if rank() % sampler.ranks == 0 else None)[:: sampler.ranks]  # one per engine
+            yield from (shares[j % engines][j // engines] for j in range(len(chunk)))
+            bar.update(len(chunk))
 
 
 # ----------------------------------------------------------------------------------------------------- 4. Rewards
@@ -452,7 +562,7 @@ VERIFIERS = {"dapo": (verify, extract_answer), "math": (verify_math, extract_mat
 def verify_rollouts(rollouts: list[Rollout], tokenizer: Any, verifier: str) -> None:
     """Decode and verify: fills `text` and `correct`."""
     for r in rollouts:
-        r.text = tokenizer.decode(r.response_ids, skip_special_tokens=True)
+        r.text = tokenizer.decode(list(r.response_ids), skip_special_tokens=True)
         r.correct = VERIFIERS[verifier][0](r.text, r.problem.answer)
 
 
@@ -499,7 +609,8 @@ def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Ten
     head = model.get_output_embeddings()
 
     def score(h: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logp = (head(h).float() / temperature).log_softmax(-1)  # [chunk, V]
+        logits = torch.nn.functional.linear(h, head.weight, head.bias)  # not head(h), which ZeRO-3 would gather anew
+        logp = (logits.float() / temperature).log_softmax(-1)  # [chunk, V]
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(1, token[:, None])[:, 0], entropy
@@ -594,12 +705,27 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
 # ------------------------------------------------------------------------------------------------------ 9. Update
 def micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Cut into passes of at most `max_tokens` tokens, padding included (or of one response); alike lengths together."""
-    passes: list[list[Rollout]] = [[]]
+    passes: list[list[Rollout]] = []
     for r in sorted(rollouts, key=len, reverse=True):  # the longest first: if memory is short, that shows at once
-        if passes[-1] and (len(passes[-1]) + 1) * len(passes[-1][0]) > max_tokens:
+        if not passes or (len(passes[-1]) + 1) * len(passes[-1][0]) > max_tokens:
             passes.append([])
         passes[-1].append(r)
     return passes
+
+
+def my_passes(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """This rank's part of a mini-batch, in passes. Tokens are balanced over the ranks, so that none waits long.
+
+    All ranks get the same number of passes, some perhaps empty: sharded weights are gathered by all ranks together.
+    """
+    shares: list[list[Rollout]] = [[] for _ in range(world())]
+    loads = [0] * world()
+    for r in sorted(rollouts, key=len, reverse=True):  # the next longest goes to the rank with the least to do
+        least = loads.index(min(loads))
+        shares[least].append(r)
+        loads[least] += len(r)
+    passes = [micro_batches(share, max_tokens) for share in shares]
+    return passes[rank()] + [[]] * (max(map(len, passes)) - len(passes[rank()]))
 
 
 def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -607,7 +733,9 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
 
     What counts is told by lengths, never by comparing ids with pad or EOS: where pad = EOS, the EOS is still trained.
     """
-    rows = [torch.tensor(r.problem.prompt_ids + r.response_ids) for r in rollouts]
+    if not rollouts:  # a row that takes part in every computation and counts in none
+        rollouts = [Rollout(Problem("", "", [0, 0]))]
+    rows = [torch.tensor([*r.problem.prompt_ids, *r.response_ids]) for r in rollouts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, L]
     start = torch.tensor([[len(r.problem.prompt_ids)] for r in rollouts])
     end = torch.tensor([[len(r)] for r in rollouts])
@@ -622,31 +750,47 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
 class Policy:
     """The model being trained and its optimiser: plain torch, one device, float32 weights (bfloat16 loses lr 1e-6)."""
 
+    sharded = False  # does every rank hold all the weights?
+
     def __init__(self, path: str, cfg: EvalConfig):
-        self.cfg, self.device = cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
-        self.tolerance = 0.1 if bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause when padding differs
-        dtype = torch.bfloat16 if bf16 and not isinstance(cfg, Config) else torch.float32
+        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
+        self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         where = "" if os.path.isdir(path) else " (no such folder, so sought on the hub)"
         disable_progress_bar()  # transformers' bars would tear ours apart
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else DeepSpeed says at length what it has found
         with explain(f"loading a model from {path!r}{where}"):
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model.to(self.device)
-        if isinstance(cfg, Config):
-            weights, decay = self.model.parameters(), cfg.weight_decay
-            self.optimizer = torch.optim.AdamW(weights, cfg.lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
+            self.model = self.load(path)
+        declared = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+        require(ends, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
+        self.eos = sorted(ends)
+        if self.training:
             if cfg.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.prepare()
+
+    def load(self, path: str) -> Any:
+        dtype = torch.bfloat16 if self.bf16 and not self.training else torch.float32
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(self.device)
+
+    def prepare(self) -> None:
+        how = dict(lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=self.cfg.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **how)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def logprobs(self, input_ids: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log π and entropy of the response tokens under the current weights, [B, L] each."""
         with self.autocast():
             return token_logprobs(self.model, input_ids, response_mask, self.cfg.temperature)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of this pass; `last`: it is the mini-batch's last."""
         loss.backward()
 
     def step(self, lr: float, scale: float) -> float:
@@ -660,6 +804,11 @@ class Policy:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight, whole, under its names: a head tied to the embedding too, or vLLM would keep its old one."""
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
+            yield name, weight.data
+
     def save(self, folder: Path) -> None:
         """An ordinary Hugging Face folder, with optimizer.pt beside the weights."""
         self.model.save_pretrained(folder)
@@ -671,24 +820,108 @@ class Policy:
         self.optimizer.load_state_dict(state)
 
 
+class Scorer(torch.nn.Module):
+    """token_logprobs as a module, for DeepSpeed's engine to call."""
+
+    def __init__(self, model: Any, temperature: float):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, input_ids: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprobs(self.model, input_ids, response_mask, self.temperature)
+
+
+class DeepSpeedPolicy(Policy):
+    """The same on many GPUs: DeepSpeed shards weights, gradients and optimiser over the ranks as its JSON file says."""
+
+    def load(self, path: str) -> Any:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.deepspeed, cfg = deepspeed, self.cfg
+        self.json = read_json(cfg.deepspeed) | {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
+        zero = self.json.setdefault("zero_optimization", {})
+        self.sharded = zero.get("stage") == 3
+        if cfg.offload:
+            zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
+        state = Path(path) / "state.json"
+        self.reshaped = state.exists() and read_json(str(state))["ranks"] != world()
+        self.json["checkpoint"] = {"load_universal": self.reshaped}
+        self.keep = HfDeepSpeedConfig(self.json)  # while it lives, from_pretrained shards each weight as it reads it
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+
+    def prepare(self) -> None:
+        how = dict(lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=self.cfg.weight_decay)
+        adam = self.deepspeed.ops.adam.DeepSpeedCPUAdam if self.cfg.offload else torch.optim.AdamW
+        self.optimizer, scorer = adam(self.model.parameters(), **how), Scorer(self.model, self.cfg.temperature)
+        self.engine, *_ = self.deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=self.json)
+        # the head is gathered once for a whole pass, however many chunks of logits it has
+        self.deepspeed.zero.register_external_parameter(scorer, self.model.get_output_embeddings().weight)
+
+    def logprobs(self, input_ids: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.engine(input_ids, response_mask)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * world())  # DeepSpeed averages over ranks, and the loss has its one denominator
+
+    def step(self, lr: float, scale: float) -> float:
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.engine.optimizer.loss_scale = 1 / scale  # by which it divides gradients before it clips them
+        self.engine.step()
+        self.engine.optimizer.loss_scale = 1.0
+        return float(self.engine.get_global_grad_norm())
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
+            with self.deepspeed.zero.GatheredParameters([weight]):
+                yield name, weight.data.clone()
+
+    def save(self, folder: Path) -> None:
+        """An ordinary Hugging Face folder, and in its folder `deepspeed` every rank's part of the optimiser."""
+        self.engine.save_checkpoint(folder / "deepspeed", tag="ranks")
+        names = dict(self.model.named_parameters())  # a tied head is not written twice
+        whole = {name: weight.cpu() for name, weight in self.weights() if rank() == 0 and name in names}
+        if rank() == 0:
+            self.model.save_pretrained(folder, state_dict=whole)
+            self.tokenizer.save_pretrained(folder)
+
+    def load_optimizer(self, folder: Path) -> None:
+        ranks, universal = folder / "deepspeed" / "ranks", folder / "deepspeed" / "universal"
+        if self.reshaped and rank() == 0:  # other ranks than now wrote it: DeepSpeed's own converter joins their parts
+            say(f"converting {ranks} to {world()} ranks")
+            convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+            with explain(f"converting {ranks}"):
+                subprocess.run([*convert, "--input_folder", ranks, "--output_folder", universal], check=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        everywhere("converted")
+        self.engine.load_checkpoint(folder / "deepspeed", tag=(universal if self.reshaped else ranks).name)
+
+
+def open_policy(path: str, cfg: EvalConfig) -> Policy:
+    return DeepSpeedPolicy(path, cfg) if getattr(cfg, "deepspeed", "") else Policy(path, cfg)
+
+
 @torch.no_grad()
-def score_old_logp(policy: Policy, rollouts: list[Rollout]) -> dict[str, float]:
-    """π_old: the trainer's own log-probs of the rollouts before any update. Fills `old_logp`.
+def score_old_logp(policy: Policy, minis: list[list[Rollout]]) -> dict[str, float]:
+    """π_old: the trainer's own log-probs of the rollouts before any update. Fills `old_logp` of this rank's share.
 
     Raises FipoError if the sampler's log-probs differ from them by more than rounding: it sampled another policy.
     """
     policy.model.eval()
-    passes = micro_batches(rollouts, policy.cfg.tokens_per_micro_batch)
-    entropy, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for r in rollouts)
-    for part in tqdm(passes, desc="score", leave=False, disable=None):
+    passes = [part for mini in minis for part in my_passes(mini, policy.cfg.tokens_per_micro_batch)]
+    entropy, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for mini in minis for r in mini)
+    for part in progress(passes, desc="score"):
         ids, mask, _, _ = collate(part, policy.device)
         logp, H = policy.logprobs(ids, mask)
         entropy += H.sum().item() / tokens
         for r, row in zip(part, logp[mask].cpu().split([len(r.response_ids) for r in part])):
             r.old_logp = row
             mismatch += (row - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
-    require(not mismatch > policy.tolerance, "sampler and trainer are not one policy: their log-probs differ by "
-            f"{mismatch:.2g}; models that change logits after the head (softcap, scale) do not work.")  # fmt: skip
+    entropy, mismatch = (sum(values) for values in zip(*everywhere((entropy, mismatch))))
+    require(not mismatch > policy.tolerance, "the sampler holds other weights than the trainer, or computes them "
+            f"otherwise: log-probs differ by {mismatch:.2g} a token, more than {policy.tolerance:g}.")  # fmt: skip
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
 
@@ -699,10 +932,11 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
     """
     tokens = sum(len(r.response_ids) for r in mini)
     by_response = cfg.loss_mean == "response"
-    count = len(mini) if by_response else tokens  # the one denominator of all passes
-    totals: Counter[str] = Counter()  # counts and the loss are summed; of the rest, the means over tokens are averaged
+    count = len(mini) if by_response else tokens  # the one denominator of all passes of all ranks
+    mine: Counter[str] = Counter()  # counts and the loss are summed; of the rest, the means over tokens are averaged
     policy.model.train()
-    for part in micro_batches(mini, cfg.tokens_per_micro_batch):
+    passes = my_passes(mini, cfg.tokens_per_micro_batch)
+    for i, part in enumerate(passes, 1):
         ids, mask, old_logp, A = collate(part, policy.device)
         if by_response:  # the loss is linear in |A|, so A/|o| turns the sum over tokens into one of responses' means
             A = A / mask.sum(1)
@@ -710,12 +944,15 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
         loss, metrics = fipo_loss(logp, old_logp, A, mask, tau=cfg.tau, weight_range=tuple(cfg.weight_range),
                                   safety=cfg.safety, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                                   dual_clip=cfg.dual_clip, num_tokens=count)  # fmt: skip
-        policy.backward(loss)
+        policy.backward(loss, last=i == len(passes))
         share = sum(len(r.response_ids) for r in part) / tokens
         del metrics["influence_min"], metrics["influence_max"]
-        totals.update({k: v if k.startswith("dropped") else share * v for k, v in metrics.items()})
+        mine.update({k: v if k.startswith("dropped") else share * v for k, v in metrics.items()})
         drift = (logp.detach() - old_logp).abs().sum().item() / tokens
-        totals.update({"loss": loss.item(), "drift": drift})
+        mine.update({"loss": loss.item(), "drift": drift})
+    totals: Counter[str] = Counter()
+    for part in everywhere(mine):
+        totals.update(part)
     require(not (first and totals["drift"] > policy.tolerance), "before any update the ratio is not 1 (mean |Δlog p| "
             f"is {totals['drift']:.2g}): if the model uses dropout, set it to 0 in its config.json.")  # fmt: skip
     dropped = totals["dropped_sequences" if by_response else "dropped_tokens"]
@@ -725,14 +962,18 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
     return dict(totals) | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
 
 
-def update(policy: Policy, groups: list[list[Rollout]], cfg: Config, step: int) -> dict[str, float]:
-    """All updates of one batch of rollouts: mini-batches of whole groups, in shuffled order. Returns what is logged."""
+def mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> list[list[Rollout]]:
+    """The step's updates: whole groups in shuffled order, prompts_per_mini_batch of them each."""
     order = random.Random(derive_seed(cfg.seed, "mini-batch", step)).sample(groups, len(groups))
+    size = cfg.prompts_per_mini_batch
+    return [[r for group in order[i : i + size] for r in group] for i in range(0, len(order), size)]
+
+
+def update(policy: Policy, minis: list[list[Rollout]], cfg: Config, step: int) -> dict[str, float]:
+    """All updates of one batch of rollouts. Returns what is logged."""
     lr = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1))  # step counts from 1: the first one learns
-    done: list[dict[str, float]] = []
-    for i in tqdm(range(0, len(order), cfg.prompts_per_mini_batch), desc="update", leave=False, disable=None):
-        mini = [r for group in order[i : i + cfg.prompts_per_mini_batch] for r in group]
-        done.append(update_mini_batch(policy, mini, cfg, lr, first=i == 0))
+    bar = progress(minis, desc="update")
+    done = [update_mini_batch(policy, mini, cfg, lr, first=i == 0) for i, mini in enumerate(bar)]
     logged = {name: sum(m[name] for m in done) / len(done) for name in done[0]}
     logged |= {name: sum(m[name] for m in done) for name in ("skipped_updates", "dropped_sequences", "dropped_tokens")}
     logged |= {"lr": lr, "influence_first": done[0]["influence_mean"], "influence_last": done[-1]["influence_mean"]}
@@ -761,24 +1002,27 @@ def group_accuracy(group: list[Rollout]) -> float:
     return sum(r.correct for r in group) / len(group)
 
 
-def collect_rollouts(sampler: HFSampler, policy: Policy, problems: list[Problem], cfg: Config, step: int,
+def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: int,
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
     """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
 
-    Returns the groups, statistics of everything sampled, kept or not, and the new place in the data. Raises NoSignal.
+    Returns the groups, statistics of all groups up to the last one kept, and the place in the data behind it. Raises
+    NoSignal.
     """
     kept: list[list[Rollout]] = []
     accuracies, lengths = [], []
     for n_round in range(1, 1 + (cfg.max_gen_rounds if cfg.dynamic_sampling else 1)):
         drawn = draw_problems(problems, cursor, cfg.prompts_per_round, cfg.seed)
-        cursor += len(drawn)
-        seed = derive_seed(cfg.seed, "rollout", step, n_round)
-        fresh = sampler.generate(drawn, cfg.group_size, cfg.max_response, cfg.temperature, 1.0, seed)
-        verify_rollouts([r for group in fresh for r in group], policy.tokenizer, cfg.verifier)
-        accuracies += map(group_accuracy, fresh)
-        lengths += [len(r.response_ids) for group in fresh for r in group]
-        kept += [group for group in fresh if not cfg.dynamic_sampling or 0 < group_accuracy(group) < 1]
-        if len(kept) >= cfg.prompts_per_batch:
+        purpose = (cfg.seed, "rollout", step, n_round)
+        for group in sample(sampler, drawn, purpose, cfg, cfg.group_size, cfg.temperature, top_p=1.0):
+            cursor += 1
+            accuracies.append(group_accuracy(group))
+            lengths += [len(r.response_ids) for r in group]
+            if not cfg.dynamic_sampling or 0 < accuracies[-1] < 1:
+                kept.append(group)
+            if len(kept) == cfg.prompts_per_batch:
+                break
+        if len(kept) == cfg.prompts_per_batch:
             break
     accuracy = sum(accuracies) / len(accuracies)
     if len(kept) < cfg.prompts_per_batch:
@@ -788,48 +1032,50 @@ def collect_rollouts(sampler: HFSampler, policy: Policy, problems: list[Problem]
                        f"Give {hint}, or a smaller --prompts_per_batch.")  # fmt: skip
     stats = {"accuracy": accuracy, "response_length/mean": sum(lengths) / len(lengths),
              "response_length/max": max(lengths), "gen_rounds": n_round, "tokens": sum(lengths)}  # fmt: skip
-    return kept[: cfg.prompts_per_batch], stats, cursor
+    return kept, stats, cursor
 
 
-def train_step(policy: Policy, sampler: HFSampler, problems: list[Problem], cfg: Config, state: State) -> None:
+def train_step(policy: Policy, sampler: Any, problems: list[Problem], cfg: Config, state: State) -> None:
     """One batch of rollouts and the updates it feeds; moves `state` on. Until the first update, nothing has changed.
 
     `accuracy` and `response_length` are of everything sampled, what else is logged of the groups trained on.
     """
     step, clock = state.step + 1, [time.perf_counter()]
-    groups, seen, cursor = collect_rollouts(sampler, policy, problems, cfg, step, state.cursor)
+    groups, seen, cursor = collect_rollouts(sampler, problems, cfg, step, state.cursor)
     rollouts = [r for group in groups for r in group]
     assign_rewards(rollouts, cfg)
     assign_advantages(groups)
     if not any(r.advantage for r in rollouts):
         raise NoSignal(f"step {step}: in every group all rewards are equal, so nothing can be learned; accuracy "
                        f"seen: {seen['accuracy']:.1%}. Give problems the model gets right sometimes.")  # fmt: skip
+    sampler.sleep()
     clock.append(time.perf_counter())
-    scored = score_old_logp(policy, rollouts)
+    minis = mini_batches(groups, cfg, step)
+    scored = score_old_logp(policy, minis)
     clock.append(time.perf_counter())
-    with undisturbed():
-        state.whole = False
-        updated = update(policy, groups, cfg, step)
-        sampler.sync()
-        clock.append(time.perf_counter())
-        log_samples(cfg, step, "train", groups)
-        spans = dict(zip(("time/rollout", "time/score", "time/update"), (b - a for a, b in itertools.pairwise(clock))))
-        seen["tokens_per_second"] = seen.pop("tokens") / (clock[-1] - clock[0])
-        reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
-        state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | spans
-        state.files = {name: (Path(cfg.out) / name).stat().st_size for name in LOGS}
-        state.whole = True
-        if step % cfg.save_every == 0 or step == cfg.steps:
-            save_checkpoint(policy, state)
+    state.whole = False  # from here a signal waits for the end of the step
+    updated = update(policy, minis, cfg, step)
+    sampler.sync()
+    clock.append(time.perf_counter())
+    log_samples(cfg, step, "train", groups)
+    spans = dict(zip(("time/rollout", "time/score", "time/update"), (b - a for a, b in itertools.pairwise(clock))))
+    seen["tokens_per_second"] = seen.pop("tokens") / (clock[-1] - clock[0])
+    reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
+    state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | spans
+    state.files = {name: (Path(cfg.out) / name).stat().st_size for name in LOGS}
+    state.whole = True
+    meet()
+    if step % cfg.save_every == 0 or step == cfg.steps:
+        save_checkpoint(policy, state)
 
 
-def training_loop(policy: Policy, sampler: HFSampler, problems: list[Problem], eval_problems: list[Problem],
+def training_loop(policy: Policy, sampler: Any, problems: list[Problem], eval_problems: list[Problem],
                   cfg: Config, state: State, track: Callable[..., None]) -> None:  # fmt: skip
     """The one loop of every machine: evaluate when due, log, train on one more batch."""
-    with tqdm(total=cfg.steps, initial=state.step, desc="steps", disable=None) as bar:
+    with tqdm(total=cfg.steps, initial=state.step, desc="steps", disable=True if rank() else None) as bar:
         while True:
             if eval_problems and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
-                measured, groups = evaluate(sampler, policy.tokenizer, eval_problems, cfg, state.step)
+                measured, groups = evaluate(sampler, eval_problems, cfg, state.step)
                 state.line |= measured
                 log_samples(cfg, state.step, "eval", groups)
             append_jsonl(Path(cfg.out) / "metrics.jsonl", [state.line])
@@ -858,45 +1104,45 @@ def train(cfg: Config) -> None:
     resumed = newest_checkpoint(out) if cfg.resume else None
     if used and not resumed:
         say(f"{out} has no checkpoint yet: starting anew")
-    policy = Policy(str(resumed or cfg.model), cfg)
-    sampler = HFSampler(policy)
-    problems = encode_problems(cfg.data, policy, cfg)
-    eval_problems = encode_problems(cfg.eval_data, policy, cfg) if cfg.eval_data else []
-    if cfg.wandb:
-        with explain("--wandb (pip install wandb)"):
-            import wandb
+    with together(cfg.deepspeed):
+        policy = open_policy(str(resumed or cfg.model), cfg)
+        problems = encode_problems(cfg.data, policy, cfg)
+        eval_problems = encode_problems(cfg.eval_data, policy, cfg) if cfg.eval_data else []
+        if cfg.wandb and rank() == 0:
+            with explain("--wandb (pip install wandb)"):
+                import wandb
 
-            run_id = f"{derive_seed(str(out.resolve())):08x}"
-            wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=dataclasses.asdict(cfg), dir=cfg.out)
-            track = wandb.log
-    if resumed:
-        policy.load_optimizer(resumed)
-        state = State(**json.loads((resumed / "state.json").read_text()))
-        require(state.step <= cfg.steps, f"{out} is at step {state.step} already: raise --steps above {cfg.steps}.")
-        say(f"resuming after step {state.step} from {resumed}")
-        name_changes(json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg))
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-    for name in LOGS:  # what came after the checkpoint is written again, to the same digit
-        with open(out / name, "a") as file:
-            file.truncate(state.files.get(name, 0))
-    try:
-        with on_signals(interrupt):
-            training_loop(policy, sampler, problems, eval_problems, cfg, state, track)
-    except BaseException as error:
-        if state.whole or isinstance(error, FipoError):  # a FipoError comes before anything has moved
-            with on_signals(signal.SIG_IGN):
-                save_checkpoint(policy, state)
-                say(f"saved step {state.step} in {out / 'checkpoints'}; --resume goes on from there.")
-        raise
+                run_id = f"{derive_seed(str(out.resolve())):08x}"
+                wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=dataclasses.asdict(cfg), dir=cfg.out)
+                track = wandb.log
+        if resumed:
+            policy.load_optimizer(resumed)
+            state = State(**json.loads((resumed / "state.json").read_text()))
+            require(state.step <= cfg.steps, f"{out} is at step {state.step} already: raise --steps above {cfg.steps}.")
+            say(f"resuming after step {state.step} from {resumed}")
+            name_changes(json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg))
+        sampler = open_sampler(policy)
+        if rank() == 0:
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+            for name in LOGS:  # what came after the checkpoint is written again, to the same digit
+                with open(out / name, "a") as file:
+                    file.truncate(state.files.get(name, 0))
+        try:
+            with on_signals(functools.partial(interrupt, state)):
+                training_loop(policy, sampler, problems, eval_problems, cfg, state, track)
+        except BaseException as error:  # a FipoError or Interrupted ends all ranks, at a place where they can save
+            if isinstance(error, (FipoError, Interrupted)) or (state.whole and world() == 1):
+                with on_signals(signal.SIG_IGN):
+                    save_checkpoint(policy, state)
+                    say(f"saved step {state.step} in {out / 'checkpoints'}; --resume goes on from there.")
+            raise
 
 
-def evaluate(sampler: HFSampler, tokenizer: Any, problems: list[Problem], cfg: EvalConfig,
+def evaluate(sampler: Any, problems: list[Problem], cfg: EvalConfig,
              step: int = 0) -> tuple[dict[str, float], list[list[Rollout]]]:  # fmt: skip
     """avg@n, cons@n, pass@k and mean length over n = eval_samples responses a problem; and the responses."""
-    n, k, seed = cfg.eval_samples, cfg.eval_k or cfg.eval_samples, derive_seed(cfg.seed, "eval", step)
-    groups = sampler.generate(problems, n, cfg.max_response, cfg.eval_temperature, cfg.eval_top_p, seed)
-    for group in groups:
-        verify_rollouts(group, tokenizer, cfg.verifier)
+    n, k, purpose = cfg.eval_samples, cfg.eval_k or cfg.eval_samples, (cfg.seed, "eval", step)
+    groups = list(sample(sampler, problems, purpose, cfg, n, cfg.eval_temperature, cfg.eval_top_p))
     scores = {
         "eval/accuracy": [group_accuracy(group) for group in groups],
         "eval/cons": [majority_correct(group, cfg.verifier) for group in groups],
@@ -931,27 +1177,34 @@ class State:
     line: dict[str, Any] = field(default_factory=lambda: {"step": 0})  # metrics of `step`; logged with its evaluation
     files: dict[str, int] = field(default_factory=dict)  # sizes of the logs, in bytes, without `line`
     whole: bool = True  # False while an update is under way
+    ranks: int = 1  # that wrote the checkpoint
 
 
 def save_checkpoint(policy: Policy, state: State) -> None:
     """Write the policy and state.json: whole and under the final name, or not at all. Two checkpoints are kept."""
     folder = Path(policy.cfg.out) / "checkpoints"
     final, partial = folder / f"step_{state.step:06d}", folder / "partial"
-    if final.exists() and not damage(final):
+    if everywhere(final.exists() and not damage(final))[0]:
         return
-    for leftover in (final, partial):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if rank() == 0:
+        for leftover in (final, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    everywhere("the folder is there")
     policy.save(partial)
-    (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
-    sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
-    (partial / "manifest.json").write_text(json.dumps(sizes))
-    for file in partial.iterdir():
-        with open(file, "r+b") as handle:
-            os.fsync(handle.fileno())
-    partial.rename(final)
-    for old in sorted(folder.glob("step_*"))[:-2]:
-        shutil.rmtree(old)
+    everywhere("all ranks have written")
+    if rank() == 0:
+        (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state) | {"ranks": world()}))
+        files = [file for file in partial.rglob("*") if file.is_file()]
+        sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
+        (partial / "manifest.json").write_text(json.dumps(sizes))
+        for file in [*files, partial / "manifest.json"]:
+            with open(file, "r+b") as handle:
+                os.fsync(handle.fileno())
+        partial.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
+    everywhere("it has its name")
 
 
 def damage(checkpoint: Path) -> str:
@@ -981,6 +1234,8 @@ def name_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    if rank():
+        return
     with open(path, "a") as file:
         for row in rows:  # NaN and infinity are not JSON
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -1013,8 +1268,26 @@ class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except 
     """SIGINT or SIGTERM came, and the run may stop now."""
 
 
-def interrupt(*_: Any) -> None:
-    raise Interrupted
+stopping = threading.Event()  # a signal came
+stopped = threading.Event()  # and all ranks know
+
+
+def interrupt(state: State, *_: Any) -> None:
+    """Stop now if this process is alone and not inside an update; else at the next point where all ranks meet."""
+    stopping.set()
+    if world() > 1:
+        patience = threading.Timer(25, lambda: stopped.is_set() or give_up("the other ranks did not stop in 25 s"))
+        patience.daemon = True
+        patience.start()
+    elif state.whole:
+        raise Interrupted
+
+
+def meet() -> None:
+    """All ranks stop here if any of them was told to."""
+    if any(everywhere(stopping.is_set())):
+        stopped.set()
+        raise Interrupted
 
 
 @contextlib.contextmanager
@@ -1028,14 +1301,90 @@ def on_signals(handler: Any) -> Iterator[None]:
             signal.signal(number, previous)
 
 
+# ---------------------------------------------------------------------------------------------------------- Ranks
+CPU = torch.device("cpu")
+
+
+def world() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+@functools.cache
+def hosts() -> Any:
+    """Python objects travel from host to host, not from GPU to GPU, and wait as long as the slowest engine samples."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def everywhere(value: Any) -> list[Any]:
+    """The `value` of every rank, on every rank. Also a place where they wait for each other."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    distributed.all_gather_object(values, value, group=hosts())
+    return values
+
+
+def give_up(why: str) -> None:
+    print(f"fipo: rank {rank()}: {why}: ending; --resume goes on from the last checkpoint.", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the end, then raise Interrupted if one came."""
-    came: list[int] = []
-    with on_signals(lambda number, _: came.append(number)):
+def together(deepspeed: str) -> Iterator[None]:
+    """Be one rank of several, if a launcher started several; and end within a minute when another rank dies."""
+    stopping.clear()
+    stopped.clear()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    require(deepspeed or not several, "several processes were started: give --deepspeed ds_config.json to join them.")
+    if not deepspeed:
         yield
-    if came:
-        raise Interrupted
+        return
+    with explain("importing deepspeed (pip install -r requirements.txt)"):
+        import deepspeed as ds
+    if not several:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    ds.init_distributed(verbose=False)
+    over = threading.Event()
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], everywhere(free_port())[0], is_master=rank() == 0)
+    threading.Thread(target=watch, args=(store, over), daemon=True).start()
+    try:
+        yield
+        everywhere("the end")
+    finally:
+        over.set()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+def watch(store: Any, over: threading.Event) -> None:
+    """Collectives wait for a dead rank for ever, so every rank tells that it lives, and looks whether the others do."""
+    others = [f"rank {i}" for i in range(world())]
+    seen = {name: ("", time.monotonic()) for name in others}
+    beat = 0
+    while not over.wait(3):
+        try:
+            store.set(f"rank {rank()}", str(beat := beat + 1))
+            now = time.monotonic()
+            for name in others:
+                value = store.get(name) if store.check([name]) else ""
+                seen[name] = seen[name] if value == seen[name][0] else (value, now)
+        except Exception:  # the store was rank 0's
+            return None if over.wait(2) else give_up("rank 0 has ended")
+        silent = [name for name, (_, since) in seen.items() if now - since > 20]
+        if silent:
+            give_up(f"nothing heard of {', '.join(silent)} for 20 s")
 
 
 # ------------------------------------------------------------------------------------------------ The command line
@@ -1044,7 +1393,7 @@ def run_eval(cfg: EvalConfig) -> None:
     check(cfg)
     policy = Policy(cfg.model, cfg)
     problems = encode_problems(cfg.data, policy, cfg)
-    measured, groups = evaluate(HFSampler(policy), policy.tokenizer, problems, cfg)
+    measured, groups = evaluate(open_sampler(policy), problems, cfg)
     n, k = cfg.eval_samples, cfg.eval_k or cfg.eval_samples
     say(f"{cfg.data}: {len(problems)} problems × {n} responses, temperature {cfg.eval_temperature}, "
         f"top-p {cfg.eval_top_p}\navg@{n} {measured['eval/accuracy']:.1%}   cons@{n} {measured['eval/cons']:.1%}   "
@@ -1062,7 +1411,7 @@ def one_clear_sentence() -> Iterator[None]:
     try:
         yield
     except FipoError as error:
-        sys.exit(f"fipo: {error}")
+        sys.exit(f"fipo: {error}" if rank() == 0 else f"fipo: rank {rank()}: {error}")
     except Interrupted:
         sys.exit(0)
     except KeyboardInterrupt:
@@ -1078,6 +1427,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {"train": (Config, tra
 
 
 def main(argv: list[str]) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    argv = [word for word in argv if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,10 @@ def prepared(cfg: fipo.Config) -> tuple[fipo.Config, Policy, list[list[Rollout]]
     policy = Policy(cfg.model, cfg)
     problems = fipo.encode_problems(cfg.data, policy, cfg)
     sampler = HFSampler(policy)
-    groups, _, _ = fipo.collect_rollouts(sampler, policy, problems, cfg, 1, 0)
+    groups, _, _ = fipo.collect_rollouts(sampler, problems, cfg, 1, 0)
     fipo.assign_rewards([r for g in groups for r in g], cfg)
     fipo.assign_advantages(groups)
-    fipo.score_old_logp(policy, [r for g in groups for r in g])
+    fipo.score_old_logp(policy, groups)
     return cfg, policy, groups
 
 
@@ -57,10 +58,12 @@ def test_dynamic_sampling_keeps_only_groups_that_teach(small):
     problems = fipo.encode_problems(cfg.data, policy, cfg)
     sampler = HFSampler(policy)
     hard = [dataclasses.replace(p, answer="none") for p in problems]
-    _, seen, cursor = fipo.collect_rollouts(sampler, policy, problems, cfg, 1, 0)
-    assert cursor == seen["gen_rounds"] * cfg.prompts_per_round
+    again, seen, cursor = fipo.collect_rollouts(sampler, problems, dataclasses.replace(cfg, rollout_rows=8), 1, 0)
+    assert fipo.draw_problems(problems, 0, cursor, cfg.seed)[-1] == groups[-1][0].problem, "the next step starts here"
+    assert [[r.response_ids for r in g] for g in again] == [[r.response_ids for r in g] for g in groups]
+    assert seen["gen_rounds"] == math.ceil(cursor / cfg.prompts_per_round)
     with pytest.raises(fipo.NoSignal, match=r"after 3 rounds only 0 of 12 groups.*accuracy seen: 0.0%.*easier"):
-        fipo.collect_rollouts(sampler, policy, hard, dataclasses.replace(cfg, max_gen_rounds=3), 1, 0)
+        fipo.collect_rollouts(sampler, hard, dataclasses.replace(cfg, max_gen_rounds=3), 1, 0)
 
 
 def test_variance_from_the_length_penalty_alone_does_not_save_a_group(small):
@@ -68,11 +71,11 @@ def test_variance_from_the_length_penalty_alone_does_not_save_a_group(small):
     cfg, policy, _ = prepared(small)
     hard = [dataclasses.replace(p, answer="none") for p in fipo.encode_problems(cfg.data, policy, cfg)]
     everything = dataclasses.replace(cfg, dynamic_sampling=False)
-    groups, _, _ = fipo.collect_rollouts(HFSampler(policy), policy, hard, everything, 1, 0)
+    groups, _, _ = fipo.collect_rollouts(HFSampler(policy), hard, everything, 1, 0)
     fipo.assign_rewards([r for g in groups for r in g], cfg)
     assert any(len({r.reward for r in g}) > 1 for g in groups)
     with pytest.raises(fipo.NoSignal):
-        fipo.collect_rollouts(HFSampler(policy), policy, hard, dataclasses.replace(cfg, max_gen_rounds=1), 1, 0)
+        fipo.collect_rollouts(HFSampler(policy), hard, dataclasses.replace(cfg, max_gen_rounds=1), 1, 0)
 
 
 @pytest.mark.parametrize("algorithm", ["fipo", "grpo"])
@@ -104,7 +107,7 @@ def test_micro_batches_change_nothing(small, algorithm, drop):
 
 def test_the_first_update_is_dapo_and_later_ones_are_not(small):
     cfg, policy, groups = prepared(dataclasses.replace(small, weight_range=[0.8, 1.2], lr=3e-4, warmup_steps=1))
-    metrics = fipo.update(policy, groups, cfg, step=1)
+    metrics = fipo.update(policy, fipo.mini_batches(groups, cfg, 1), cfg, step=1)
     assert metrics["influence/first"] == pytest.approx(1, abs=1e-5)
     assert abs(metrics["influence/last"] - 1) > 1e-3
 
@@ -112,18 +115,18 @@ def test_the_first_update_is_dapo_and_later_ones_are_not(small):
 def test_the_first_warm_up_step_already_learns(small):
     cfg, policy, groups = prepared(small)
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
-    metrics = fipo.update(policy, groups, cfg, step=1)
+    metrics = fipo.update(policy, fipo.mini_batches(groups, cfg, 1), cfg, step=1)
     assert metrics["lr"] == cfg.lr / 2  # warmup_steps is 2
     assert any(not torch.equal(before[k], v) for k, v in policy.model.state_dict().items())
     cfg, policy, groups = prepared(small)
-    assert fipo.update(policy, groups, cfg, step=5)["lr"] == cfg.lr
+    assert fipo.update(policy, fipo.mini_batches(groups, cfg, 5), cfg, step=5)["lr"] == cfg.lr
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(small):
     cfg, policy, groups = prepared(small)
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     groups[0][0].advantage = math.nan
-    metrics = fipo.update(policy, groups[:2], dataclasses.replace(cfg, prompts_per_mini_batch=2), step=1)
+    metrics = fipo.update(policy, [groups[0] + groups[1]], cfg, step=1)
     assert metrics["skipped_updates"] == 1
     assert all(torch.equal(before[k], v) for k, v in policy.model.state_dict().items())
 
@@ -134,15 +137,15 @@ def test_a_ratio_that_is_not_one_at_the_first_update_stops_the_run(small):
         r.old_logp = r.old_logp + 0.5  # as dropout, or another model, would make it
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     with pytest.raises(fipo.FipoError, match="the ratio is not 1"):
-        fipo.update(policy, groups, cfg, step=1)
+        fipo.update(policy, fipo.mini_batches(groups, cfg, 1), cfg, step=1)
     assert all(torch.equal(before[k], v) for k, v in policy.model.state_dict().items())
 
 
 def test_a_sampler_that_is_not_the_trainer_s_policy_stops_the_run(small):
     _, policy, groups = prepared(small)
-    groups[0][0].sampler_logp = [lp - 1.0 for lp in groups[0][0].sampler_logp]
-    with pytest.raises(fipo.FipoError, match="not one policy"):
-        fipo.score_old_logp(policy, groups[0])
+    groups[0][0].sampler_logp = array("f", [lp - 1.0 for lp in groups[0][0].sampler_logp])
+    with pytest.raises(fipo.FipoError, match="other weights than the trainer"):
+        fipo.score_old_logp(policy, groups[:1])
 
 
 def test_presets_are_a_ladder_and_explicit_settings_win():
@@ -317,7 +320,7 @@ def test_an_error_during_rollouts_loses_no_finished_step(small, monkeypatch):
     collect = fipo.collect_rollouts
 
     def dies_at_step_two(*args):
-        if args[4] == 2:
+        if args[3] == 2:
             raise MemoryError
         return collect(*args)
 

@@ -1,0 +1,40 @@
+"""Three updates on rollouts that are given, under whatever launcher started this: settings.json in, result.pt out."""
+
+import json
+import sys
+from array import array
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import fipo  # noqa: E402
+
+torch.set_num_threads(1)
+argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+settings, result = json.loads(Path(argv[0]).read_text()), Path(argv[1])
+cfg = fipo.resolve(fipo.Config(**settings["config"]))
+with fipo.one_clear_sentence(), fipo.together(cfg.deepspeed):
+    policy = fipo.open_policy(cfg.model, cfg)
+    groups = [
+        [
+            fipo.Rollout(
+                fipo.Problem("", "", r["prompt_ids"]), array("i", r["response_ids"]), array("f", r["sampler_logp"]),
+                advantage=r["advantage"],
+            )
+            for r in group
+        ]
+        for group in settings["groups"]
+    ]  # fmt: skip
+    minis = fipo.mini_batches(groups, cfg, step=1)
+    scored = fipo.score_old_logp(policy, minis)
+    for rollout in (r for mini in minis for r in mini if r.old_logp is not None):
+        if list(rollout.response_ids) == settings["runaway"]:  # as if the policy had moved far: it is dropped
+            rollout.old_logp = rollout.old_logp - 3.0
+    done = [fipo.update_mini_batch(policy, mini, cfg, 1e-4, first=False) for mini in minis]
+    weights = {name: weight.clone() for name, weight in policy.weights()}
+    mine = [sum(len(part) for part in fipo.my_passes(mini, cfg.tokens_per_micro_batch)) for mini in minis]
+    shares = fipo.everywhere(mine)
+    if fipo.rank() == 0:
+        torch.save({"scored": scored, "updates": done, "weights": weights, "shares": shares}, result)
