@@ -6,7 +6,7 @@ reinforced future count more. The sections below follow the data:
 
   1. Problems    a prompt and the answer a rule can check                                    load_problems
   2. Prompts     chat template if the model has one, plain text if not                       encode_problems
-  3. Rollouts    G responses per prompt from the current policy π_old                        HFSampler
+  3. Rollouts    G responses per prompt from the current policy π_old                        HFSampler, VLLMSampler
   4. Rewards     R = +1 right, −1 wrong, minus a soft penalty near the length limit          verify, overlong_penalty
   5. Advantages  A_i = (R_i − mean R) / (std R + 1e-6) over the group; groups that are all
                  right or all wrong teach nothing and are sampled again (dynamic sampling)   group_advantages
@@ -14,8 +14,8 @@ reinforced future count more. The sections below follow the data:
   7. Future-KL   F_t = Σ_{k≥t} γ^(k−t) M_k Δ_k,  γ = 2^(−1/τ),  M_k = 1[r_k ≤ c]             future_kl
   8. Loss        Ã_t = A·clip(exp F_t, lo, hi), then PPO's clipped objective with Ã_t for A,
                  averaged over all response tokens of the mini-batch                         fipo_loss
-  9. Update      several AdamW steps on one batch of rollouts, one per mini-batch            Policy, update
- 10. The loop, evaluation, checkpoints and the command line                                  train, evaluate
+  9. Update      several AdamW steps on one batch of rollouts, one per mini-batch            Policy, DeepSpeedPolicy
+ 10. The loop and evaluation; then checkpoints, signals, ranks and the command line          train, evaluate
 
 At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO. FIPO acts only because one batch of rollouts
 feeds several updates. DAPO is FIPO with f ≡ 1; GRPO is DAPO with a symmetric clip, no dual clip, a mean per response,
@@ -29,12 +29,14 @@ Where this file simplifies or departs from the paper or the authors' release, on
      release's too; the paper does not mention them.
   c. γ and F are float32 whatever the model runs in: in bfloat16, τ = 32 would turn into 35.
   d. The first warm-up step already learns (the release's runs with learning rate 0). Warm-up counts rollout batches.
-  e. No KL term, no entropy bonus, no reference model, no critic, as in DAPO. Surplus groups are thrown away.
-  f. Random numbers are derived from (seed, purpose, step), so that resuming needs no generator state.
+  e. No KL term, no entropy bonus, no reference model, no critic, as in DAPO. Sampling stops when the batch is full.
+  f. Random numbers are derived from (seed, purpose, step, problem): resuming needs no generator state, and a response
+     does not depend on what is sampled beside it, or by how many ranks.
 
   python fipo.py train --model Qwen/Qwen2.5-0.5B --data openai/gsm8k:main --out runs/gsm8k --max_response 1024 \
                        --overlong_buffer 256 --prompts_per_batch 64 --prompts_per_mini_batch 16
   python fipo.py eval  --model DIR --data aime-2024.parquet --eval_samples 32 --verifier math
+  deepspeed fipo.py train --deepspeed ds_config.json --sampler vllm …       # many GPUs; `bash train_32b.sh` does it
   python train_small.py         # the same loop, set up to show something within minutes on any machine
 """
 
@@ -176,11 +178,13 @@ def explain(attempt: str) -> Iterator[None]:
     """Turn another library's failure to read something into one sentence."""
     try:
         yield
+    except FipoError:
+        raise
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
-        raise FipoError(f"{attempt} failed: {(str(cause).strip() or repr(cause)).splitlines()[0]}") from error
+        raise FipoError(f"{attempt} failed: {' '.join((str(cause) or repr(cause)).split())[:300]}") from error
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -416,8 +420,8 @@ class VLLMSampler:
 
     def __init__(self, policy: Policy):
         cfg, self.policy, self.ranks = policy.cfg, policy, policy.cfg.tensor_parallel
-        heads, gpu = policy.model.config.num_attention_heads, policy.device.type == "cuda"
-        for what, number in (("ranks", world()), ("attention heads", heads)):
+        self.gpu = policy.device.type == "cuda"
+        for what, number in (("ranks", world()), ("attention heads", policy.model.config.num_attention_heads)):
             require(number % self.ranks == 0, f"--tensor_parallel {self.ranks} does not divide the {number} {what}.")
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine in this process, where the weights are
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
@@ -426,32 +430,30 @@ class VLLMSampler:
             import vllm
         require(vllm.__version__.split("+")[0] == VLLM, f"vllm {vllm.__version__} is installed, this file works with "
                 f"{VLLM}: pip install vllm=={VLLM}, or use --sampler hf.")  # fmt: skip
-        shared = distributed.is_initialized()
-        if rank() == 0 and not gpu:  # on CPUs, vLLM does not start over what a killed run left here
+        if rank() == 0 and not self.gpu:  # on CPUs, vLLM does not start over what a killed run left here
             for left in Path("/dev/shm").glob("*-cpushm_*"):
                 left.unlink(missing_ok=True)
         everywhere("removed")
         with explain("starting vLLM (out of memory? change --vllm_memory)"):
             self.llm = vllm.LLM(
-                policy.path, dtype="bfloat16" if policy.bf16 else "float32", seed=cfg.seed, enforce_eager=not gpu,
+                policy.path, dtype="bfloat16" if policy.bf16 else "float32", seed=cfg.seed, enforce_eager=not self.gpu,
                 max_model_len=cfg.max_prompt + cfg.max_response, logprobs_mode="processed_logprobs",
-                gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=gpu, tensor_parallel_size=self.ranks,
-                distributed_executor_backend="external_launcher" if shared else None,
+                gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.gpu, tensor_parallel_size=self.ranks,
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             )  # fmt: skip
         self.params = functools.partial(vllm.SamplingParams, logprobs=0, flat_logprobs=True, detokenize=False,
                                         stop_token_ids=policy.eos)  # fmt: skip
 
     def sleep(self) -> None:
-        if self.policy.device.type == "cuda":
+        if self.gpu:
             self.llm.sleep(level=2)  # weights and cache are let go, not stored: sync sends the weights anyway
 
     def sync(self) -> None:
-        gpu = self.policy.device.type == "cuda"
-        if gpu:
+        if self.gpu:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.policy.weights()})
-        if gpu:
+        if self.gpu:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
@@ -750,10 +752,11 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
 class Policy:
     """The model being trained and its optimiser: plain torch, one device, float32 weights (bfloat16 loses lr 1e-6)."""
 
-    sharded = False  # does every rank hold all the weights?
+    sharded = False  # has no rank all the weights?
+    keeps_master = False  # has the optimiser float32 weights of its own?
 
     def __init__(self, path: str, cfg: EvalConfig):
-        self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
+        self.path, self.cfg, training = path, cfg, isinstance(cfg, Config)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
@@ -761,25 +764,27 @@ class Policy:
         where = "" if os.path.isdir(path) else " (no such folder, so sought on the hub)"
         disable_progress_bar()  # transformers' bars would tear ours apart
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else DeepSpeed says at length what it has found
+        self.configure()
+        dtype = torch.bfloat16 if self.bf16 and (self.keeps_master or not training) else torch.float32
         with explain(f"loading a model from {path!r}{where}"):
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = self.load(path)
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         declared = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
         require(ends, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
         self.eos = sorted(ends)
-        if self.training:
-            if cfg.gradient_checkpointing:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.prepare()
+        if training and cfg.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.prepare(dict(lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay) if training else None)
 
-    def load(self, path: str) -> Any:
-        dtype = torch.bfloat16 if self.bf16 and not self.training else torch.float32
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(self.device)
+    def configure(self) -> None:
+        """What has to be known before the weights are read: nothing here."""
 
-    def prepare(self) -> None:
-        how = dict(lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=self.cfg.weight_decay)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **how)
+    def prepare(self, adamw: dict[str, Any] | None) -> None:
+        """Put the model where it computes; with settings of AdamW, be ready to train."""
+        self.model.to(self.device)
+        if adamw:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **adamw)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -834,28 +839,31 @@ class Scorer(torch.nn.Module):
 class DeepSpeedPolicy(Policy):
     """The same on many GPUs: DeepSpeed shards weights, gradients and optimiser over the ranks as its JSON file says."""
 
-    def load(self, path: str) -> Any:
+    keeps_master = True
+
+    def configure(self) -> None:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        self.deepspeed, cfg = deepspeed, self.cfg
-        self.json = read_json(cfg.deepspeed) | {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
-        zero = self.json.setdefault("zero_optimization", {})
+        self.deepspeed, cfg, state = deepspeed, self.cfg, Path(self.path) / "state.json"
+        self.reshaped = state.exists() and read_json(str(state))["ranks"] != world()  # resuming on other ranks
+        config = read_json(cfg.deepspeed) | {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
+        config["checkpoint"] = {"load_universal": self.reshaped}
+        zero = config.setdefault("zero_optimization", {})
         self.sharded = zero.get("stage") == 3
         if cfg.offload:
             zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
-        state = Path(path) / "state.json"
-        self.reshaped = state.exists() and read_json(str(state))["ranks"] != world()
-        self.json["checkpoint"] = {"load_universal": self.reshaped}
-        self.keep = HfDeepSpeedConfig(self.json)  # while it lives, from_pretrained shards each weight as it reads it
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        with explain(f"reading {cfg.deepspeed}"):
+            deepspeed.DeepSpeedConfig(dict(config))
+        self.config, self.keep = (
+            config,
+            HfDeepSpeedConfig(config),
+        )  # while it lives, weights are sharded as they are read
 
-    def prepare(self) -> None:
-        how = dict(lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=self.cfg.weight_decay)
+    def prepare(self, adamw: dict[str, Any] | None) -> None:
         adam = self.deepspeed.ops.adam.DeepSpeedCPUAdam if self.cfg.offload else torch.optim.AdamW
-        self.optimizer, scorer = adam(self.model.parameters(), **how), Scorer(self.model, self.cfg.temperature)
-        self.engine, *_ = self.deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=self.json)
+        self.optimizer, scorer = adam(self.model.parameters(), **adamw), Scorer(self.model, self.cfg.temperature)
+        self.engine, *_ = self.deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=self.config)
         # the head is gathered once for a whole pass, however many chunks of logits it has
         self.deepspeed.zero.register_external_parameter(scorer, self.model.get_output_embeddings().weight)
 
@@ -1353,13 +1361,19 @@ def together(deepspeed: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     ds.init_distributed(verbose=False)
     over = threading.Event()
-    store = distributed.TCPStore(os.environ["MASTER_ADDR"], everywhere(free_port())[0], is_master=rank() == 0)
-    threading.Thread(target=watch, args=(store, over), daemon=True).start()
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], everywhere(free_port())[0], is_master=rank() == 0,
+                                 timeout=timedelta(seconds=20))  # fmt: skip
+    watching = threading.Thread(target=watch, args=(store, over), daemon=True)
+    watching.start()
     try:
         yield
         everywhere("the end")
     finally:
         over.set()
+        watching.join()
+        if "vllm" not in sys.modules:  # it does so itself
+            distributed.destroy_process_group()  # whose threads must not outlive Python
+        hosts.cache_clear()
 
 
 def free_port() -> int:
@@ -1411,12 +1425,15 @@ def one_clear_sentence() -> Iterator[None]:
     try:
         yield
     except FipoError as error:
-        sys.exit(f"fipo: {error}" if rank() == 0 else f"fipo: rank {rank()}: {error}")
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # the ranks of a node have the same to say
+        sys.exit(f"fipo: {error}" if first else 1)
     except Interrupted:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit("fipo: interrupted before the run began: nothing to save.")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is only that
+        if world() > 1 and (isinstance(error, distributed.DistError) or " peer" in str(error)):
+            sys.exit(f"fipo: rank {rank()}: another rank has ended; --resume goes on from the last checkpoint.")
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         sys.exit("fipo: out of memory: lower --tokens_per_micro_batch (scoring, updates) or --rollout_rows (rollouts), "

@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +38,20 @@ def sums(tmp_path_factory) -> str:
     digits = train_small.all_problems()[train_small.FOR_RL][:64]
     write_jsonl(path, [{"prompt": train_small.question(d), "answer": str(sum(d))} for d in digits])
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory) -> str:
+    """A Qwen2 folder with random weights that reads any text, as bytes."""
+    folder = tmp_path_factory.mktemp("reader") / "model"
+    end = "<|endoftext|>"
+    vocabulary = {c: i for i, c in enumerate([end, *sorted(ByteLevel.alphabet())])}
+    Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=end, pad_token=end, unk_token=end).save_pretrained(folder)
+    config = Qwen2Config(vocab_size=257, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048,
+                         eos_token_id=0)  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -70,3 +88,50 @@ def shared_data(name: str) -> str:
     if not path.is_file():
         pytest.skip(f"FIPO_DATA does not hold {name}")
     return str(path)
+
+
+# -------------------------------------------------------------------------------------------- runs in several processes
+SCRIPTS = Path(sys.executable).parent  # where the environment's own `deepspeed` is
+
+
+def environment(**more: str) -> dict[str, str]:
+    return (
+        os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
+    )
+
+
+def launch(words: list[str], ranks: int = 0, **env: str) -> subprocess.Popen:
+    """Start a script in one process, or by DeepSpeed's launcher in several."""
+    port = str(fipo.free_port())
+    first = ["deepspeed", "--master_port", port, "--num_gpus", str(ranks)] if ranks else [sys.executable]
+    return subprocess.Popen([*first, *words], env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)  # fmt: skip
+
+
+def finished(process: subprocess.Popen, status: int = 0, seconds: float = 300) -> str:
+    """The output of a run that has to end with `status`."""
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == status, output
+    return output
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(2400):
+        if (out / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_jsonl(out / "metrics.jsonl")):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} did not come")
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
+
+
+def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
+    """Two runs logged the same numbers and wrote the same responses."""
+    mine, theirs = (timeless(read_jsonl(folder / "metrics.jsonl")) for folder in (out, other))
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs):
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance * 0.1)
+    assert read_jsonl(out / "samples.jsonl") == read_jsonl(other / "samples.jsonl")

@@ -9,15 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from array import array
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, flags, read_jsonl, shared_data, write_jsonl
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from conftest import ROOT, flags, read_jsonl, shared_data, timeless, wait_for_step, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fipo
 from fipo import HFSampler, Policy, Rollout
@@ -29,10 +27,6 @@ gen_rounds lr time/rollout time/score time/update tokens_per_second sampler_mism
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def timeless(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
 
 
 def prepared(cfg: fipo.Config) -> tuple[fipo.Config, Policy, list[list[Rollout]]]:
@@ -188,16 +182,10 @@ def test_the_other_rungs_of_the_ladder_run(small, algorithm):
     assert all(line["influence/mean"] == 1 for line in lines[1:])
 
 
-def test_gsm8k_runs_through_the_real_loop(tmp_path):
+def test_gsm8k_runs_through_the_real_loop(reader, tmp_path):
     """A random model that reads bytes learns nothing; data, prompts, verifier, loop and logs are the real ones."""
-    data, model, out = shared_data("gsm8k/train.jsonl"), tmp_path / "model", tmp_path / "run"
-    vocabulary = {c: i for i, c in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
-    end = "<|endoftext|>"
-    Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=end, pad_token=end, unk_token=end).save_pretrained(model)
-    config = Qwen2Config(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, eos_token_id=0)  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(model)
-    fipo.main(["train", "--model", str(model), "--data", data, "--out", str(out), "--steps", "2", "--algorithm", "dapo",
+    data, out = shared_data("gsm8k/train.jsonl"), tmp_path / "run"
+    fipo.main(["train", "--model", reader, "--data", data, "--out", str(out), "--steps", "2", "--algorithm", "dapo",
                "--dynamic_sampling", "false", "--group_size", "4", "--prompts_per_batch", "2", "--max_response", "64",
                "--prompts_per_mini_batch", "1", "--max_prompt", "400", "--overlong_buffer", "60"])  # fmt: skip
     lines = read_jsonl(out / "metrics.jsonl")
@@ -220,15 +208,6 @@ def test_eval_command_on_aime(base, tmp_path, capsys):
 def start(cfg: fipo.Config, *extra: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(ROOT / "fipo.py"), "train", *flags(cfg), *extra],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
-    for _ in range(1200):
-        if (out / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_jsonl(out / "metrics.jsonl")):
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} did not come")
 
 
 @pytest.fixture(scope="module")

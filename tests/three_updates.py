@@ -1,7 +1,9 @@
 """Three updates on rollouts that are given, under whatever launcher started this: settings.json in, result.pt out."""
 
+import gc
 import json
 import sys
+import warnings
 from array import array
 from pathlib import Path
 
@@ -11,7 +13,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fipo  # noqa: E402
 
+
+def held(bucket: int) -> int:
+    """Bytes of all floating-point tensors alive in this process, DeepSpeed's send buffers aside."""
+    alive = [
+        x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.device.type == "cpu"
+    ]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
+    return sum(size for size in storages.values() if size < bucket)
+
+
 torch.set_num_threads(1)
+warnings.filterwarnings("ignore", category=FutureWarning)
 argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 settings, result = json.loads(Path(argv[0]).read_text()), Path(argv[1])
 cfg = fipo.resolve(fipo.Config(**settings["config"]))
@@ -33,8 +46,9 @@ with fipo.one_clear_sentence(), fipo.together(cfg.deepspeed):
         if list(rollout.response_ids) == settings["runaway"]:  # as if the policy had moved far: it is dropped
             rollout.old_logp = rollout.old_logp - 3.0
     done = [fipo.update_mini_batch(policy, mini, cfg, 1e-4, first=False) for mini in minis]
+    memory = held(bucket=10**8)
     weights = {name: weight.clone() for name, weight in policy.weights()}
     mine = [sum(len(part) for part in fipo.my_passes(mini, cfg.tokens_per_micro_batch)) for mini in minis]
     shares = fipo.everywhere(mine)
     if fipo.rank() == 0:
-        torch.save({"scored": scored, "updates": done, "weights": weights, "shares": shares}, result)
+        torch.save({"scored": scored, "updates": done, "weights": weights, "shares": shares, "held": memory}, result)

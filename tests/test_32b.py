@@ -1,0 +1,183 @@
+"""The 32B code path, tiny and for real: vLLM and DeepSpeed ZeRO-3 in two processes. Needs an environment with vLLM."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, alike, environment, finished, flags, launch, read_jsonl, shared_data, wait_for_step
+from transformers import AutoModelForCausalLM
+
+import fipo
+
+if os.environ.get("FIPO_ENGINES"):  # where the engines must be there, nothing is skipped
+    import vllm
+else:
+    vllm = pytest.importorskip("vllm")
+
+ZERO_3 = str(ROOT / "ds_config.json")
+
+
+@pytest.fixture(scope="module")
+def policy(base, sums) -> fipo.Policy:
+    cfg = fipo.Config(model=base, data=sums, max_prompt=16, max_response=32, dtype="float32", sampler="vllm", lr=1e-3)
+    return fipo.open_policy(base, fipo.resolve(dataclasses.replace(cfg, out="unused", overlong_buffer=8)))
+
+
+@pytest.fixture(scope="module")
+def sampler(policy) -> fipo.VLLMSampler:
+    return fipo.open_sampler(policy)
+
+
+@pytest.fixture(scope="module")
+def problems(policy) -> list[fipo.Problem]:
+    return fipo.encode_problems(policy.cfg.data, policy, policy.cfg)[:12]
+
+
+def draw(sampler, problems, n=4, **change) -> list[list[fipo.Rollout]]:
+    cfg = dataclasses.replace(sampler.policy.cfg, **change)
+    return list(fipo.sample(sampler, problems, (1,), cfg, n, cfg.temperature, 1.0))
+
+
+# ------------------------------------------------------------------------------------------------------ the sampler
+
+
+def test_vllm_and_trainer_are_one_policy(sampler, policy, problems):
+    groups = draw(sampler, problems)
+    assert fipo.score_old_logp(policy, groups)["sampler_mismatch"] < 1e-5
+    for r in (r for g in groups for r in g):
+        assert len(r.sampler_logp) == len(r.response_ids) > 0
+        ends = [i for i, t in enumerate(r.response_ids) if t in policy.eos]
+        assert ends == [len(r.response_ids) - 1] or (not ends and len(r.response_ids) == 32), "through the first EOS"
+
+
+def test_temperature_is_that_of_the_trainer(base, sums, policy, sampler, problems):
+    policy.cfg.temperature = 0.7
+    assert fipo.score_old_logp(policy, draw(sampler, problems))["sampler_mismatch"] < 1e-5
+    policy.cfg.temperature = 1.0
+
+
+def test_a_response_depends_on_its_problem_s_seed_not_on_who_is_sampled_beside_it(sampler, problems):
+    ids = [[[list(r.response_ids) for r in g] for g in draw(sampler, problems, rollout_rows=n)] for n in (4, 12, 512)]
+    assert ids[0] == ids[1] == ids[2]
+    assert len({str(r) for g in ids[0] for r in g}) > 10
+
+
+def test_sync_sends_every_weight_also_a_tied_head_and_without_it_the_run_stops(sampler, policy, problems):
+    assert policy.model.config.tie_word_embeddings
+    groups = draw(sampler, problems)
+    fipo.score_old_logp(policy, groups)
+    for group in groups:
+        for i, r in enumerate(group):
+            r.advantage = (-1.0) ** i
+    for _ in range(3):
+        fipo.update_mini_batch(policy, [r for g in groups for r in g], policy.cfg, lr=3e-3, first=False)
+    with pytest.raises(fipo.FipoError, match="the sampler holds other weights than the trainer"):
+        fipo.score_old_logp(policy, draw(sampler, problems))  # the sync was left out
+    sampler.sync()
+    assert fipo.score_old_logp(policy, draw(sampler, problems))["sampler_mismatch"] < 1e-5
+
+
+def test_a_whole_run_without_sync_stops_at_its_second_step(small, sums, monkeypatch):
+    monkeypatch.setattr(fipo.VLLMSampler, "sync", lambda self: None)
+    with pytest.raises(fipo.FipoError, match="the sampler holds other weights than the trainer"):
+        fipo.train(dataclasses.replace(small, lr=3e-3, warmup_steps=1, dtype="float32"))
+    assert [line["step"] for line in read_jsonl(Path(small.out) / "metrics.jsonl")] == [0, 1]
+
+
+def test_auto_takes_vllm_where_it_is_installed(sampler, policy, monkeypatch):
+    taken = []
+    monkeypatch.setattr(fipo.VLLMSampler, "__init__", lambda self, policy: taken.append("vllm"))
+    for wish in ("auto", "vllm", "hf"):
+        monkeypatch.setattr(policy.cfg, "sampler", wish)
+        taken.append(type(fipo.open_sampler(policy)).__name__)
+    assert taken == ["vllm", "VLLMSampler", "vllm", "VLLMSampler", "HFSampler"]
+
+
+def test_mistakes_are_told_in_one_sentence(policy, monkeypatch):
+    def opens(said, **change):
+        monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, **change))
+        with pytest.raises(fipo.FipoError, match=said):
+            fipo.VLLMSampler(policy)
+
+    opens("--tensor_parallel 2 does not divide the 1 ranks", tensor_parallel=2)
+    monkeypatch.setattr(fipo, "world", lambda: 3)
+    opens("--tensor_parallel 3 does not divide the 4 attention heads", tensor_parallel=3)
+    monkeypatch.undo()
+    monkeypatch.setattr(vllm, "__version__", "0.11.0")
+    opens("vllm 0.11.0 is installed, this file works with 0.32.0: pip install vllm==0.32.0")
+
+
+# ------------------------------------------------------------------------------------- both engines, two processes
+
+
+@pytest.fixture(scope="module")
+def alone(base, sums, tmp_path_factory) -> fipo.Config:
+    """Three steps in one process: plain torch, vLLM."""
+    cfg = fipo.Config(
+        model=base, data=sums, eval_data=sums, out=str(tmp_path_factory.mktemp("alone") / "run"), steps=3, group_size=8,
+        prompts_per_batch=6, prompts_per_mini_batch=2, max_prompt=16, max_response=32, overlong_buffer=8, lr=3e-4,
+        warmup_steps=1, eval_samples=2, eval_every=3, dtype="float32", tokens_per_micro_batch=400, sampler="vllm",
+    )  # fmt: skip
+    finished(launch([str(ROOT / "fipo.py"), "train", *flags(cfg)]))
+    return cfg
+
+
+def test_zero_3_with_an_engine_per_rank_logs_what_one_process_logs(alone, tmp_path):
+    cfg = dataclasses.replace(alone, out=str(tmp_path / "run"), deepspeed=ZERO_3, rollout_rows=16)
+    finished(launch([str(ROOT / "fipo.py"), "train", *flags(cfg)], ranks=2))
+    alike(Path(cfg.out), Path(alone.out))
+
+
+def train_32b(cfg: fipo.Config, *words: str) -> subprocess.Popen:
+    """`bash train_32b.sh` with small limits, as a user would type it."""
+    small = dataclasses.replace(cfg, model="", data="", eval_data="", out="", sampler="auto")
+    env = environment(MODEL=cfg.model, DATA=cfg.data, EVAL_DATA=cfg.eval_data, OUT=cfg.out, GPUS_PER_NODE="2", TP="2")
+    words = ["bash", str(ROOT / "train_32b.sh"), *flags(small), "--prompts_per_round", "6", *words]
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_train_32b_sh_trains_evaluates_is_killed_and_goes_on(alone, tmp_path):
+    """Two processes, ZeRO-3, one vLLM engine over both: the numbers are those of one process, through a kill -9 too."""
+    cfg = dataclasses.replace(alone, out=str(tmp_path / "run"), save_every=1)
+    out = Path(cfg.out)
+    process = train_32b(cfg)
+    wait_for_step(out, 2, process)
+    table = subprocess.run(["pgrep", "-f", f"local_rank=1 .*{out}"], capture_output=True, text=True).stdout.split()
+    os.kill(int(table[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and re.search("nothing heard of rank 1 for 20 s|another rank has ended", output), (
+        output
+    )
+    assert fipo.newest_checkpoint(out)
+    output = finished(train_32b(cfg))
+    assert "resuming after step" in output
+    alike(out, Path(alone.out))
+    for line in read_jsonl(out / "metrics.jsonl")[1:]:
+        assert line["sampler_mismatch"] < 1e-5
+    exported = AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "step_000003")
+    trained = AutoModelForCausalLM.from_pretrained(Path(alone.out) / "checkpoints" / "step_000003")
+    for name, weight in trained.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[name], weight, atol=2e-5, rtol=1e-3)
+
+
+def test_train_32b_sh_on_gsm8k_and_vllm_loads_what_it_leaves(reader, tmp_path, capsys):
+    """Random weights learn nothing; data, prompts, verifier, both engines and the checkpoint are the real ones."""
+    data, cfg = shared_data("gsm8k/test.jsonl"), fipo.Config(out=str(tmp_path / "run"))
+    cfg = dataclasses.replace(cfg, model=reader, data=data, steps=2, dynamic_sampling=False, group_size=4,
+                              prompts_per_batch=4, prompts_per_mini_batch=2, max_prompt=400, max_response=64,
+                              overlong_buffer=60, tokens_per_micro_batch=2000, dtype="float32")  # fmt: skip
+    finished(train_32b(cfg, "--algorithm", "dapo", "--prompts_per_round", "4"))
+    lines = read_jsonl(Path(cfg.out) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["grad_norm"] > 0
+    (tmp_path / "few.jsonl").write_text("".join(open(data).readlines()[:8]))
+    left = str(Path(cfg.out) / "checkpoints" / "step_000002")
+    fipo.main(["eval", "--model", left, "--data", str(tmp_path / "few.jsonl"), "--sampler", "vllm", "--eval_samples",
+               "2", "--max_prompt", "900", "--max_response", "16", "--out", str(tmp_path / "eval")])  # fmt: skip
+    assert "8 problems × 2 responses" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["eval/response_length"] > 1

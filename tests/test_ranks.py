@@ -1,0 +1,336 @@
+"""Many ranks, by the real DeepSpeed: whoever does the work, the result is the same, and nobody waits for the dead."""
+
+import dataclasses
+import json
+import re
+import runpy
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, alike, environment, finished, flags, launch, wait_for_step
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import fipo
+
+ZERO_3 = str(ROOT / "ds_config.json")
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory):
+    """A DeepSpeed file like ours with other values in zero_optimization."""
+
+    def changed(**values) -> str:
+        config = json.loads(Path(ZERO_3).read_text())
+        config["zero_optimization"] |= values
+        path = tmp_path_factory.mktemp("zero") / "ds_config.json"
+        path.write_text(json.dumps(config))
+        return str(path)
+
+    return changed
+
+
+# --------------------------------------------------------------------------------------------- sharing out the work
+
+
+def rollouts(lengths):
+    return [fipo.Rollout(fipo.Problem("", "", [0] * 3), fipo.array("i", [1] * n)) for n in lengths]
+
+
+@pytest.mark.parametrize("lengths", [[5] * 16, [1, 2, 3, 50, 4, 40, 3, 3, 9], [7], [100] + [1] * 30])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_rank_has_the_same_number_of_passes_and_about_as_many_tokens(monkeypatch, lengths, ranks):
+    mini, shares = rollouts(lengths), []
+    for me in range(ranks):
+        monkeypatch.setattr(fipo, "world", lambda: ranks)
+        monkeypatch.setattr(fipo, "rank", lambda me=me: me)
+        shares.append(fipo.my_passes(mini, max_tokens=60))
+    assert len({len(passes) for passes in shares}) == 1
+    everyone = [id(r) for passes in shares for part in passes for r in part]
+    assert sorted(everyone) == sorted(id(r) for r in mini), "each response has one rank"
+    loads = [sum(len(r) for part in passes for r in part) for passes in shares]
+    assert max(loads) - min(loads) <= max(len(r) for r in mini)
+
+
+def test_a_row_that_counts_in_nothing_stands_for_an_empty_pass():
+    ids, mask, old_logp, advantage = fipo.collate([], fipo.CPU)
+    assert ids.shape == (1, 2) and not mask.any() and not old_logp.any() and not advantage.any()
+
+
+# -------------------------------------------------------------------------------- the same result however it is split
+
+
+@pytest.fixture(scope="module")
+def given(base, sums, tmp_path_factory):
+    """Settings and scored rollouts for three updates, one of which drops a response; run by three_updates.py."""
+    folder = tmp_path_factory.mktemp("given")
+    cfg = fipo.resolve(fipo.Config(
+        model=base, data=sums, out=str(folder), group_size=8, prompts_per_batch=6, prompts_per_mini_batch=2,
+        max_prompt=16, max_response=32, overlong_buffer=8, tokens_per_micro_batch=200, dtype="float32",
+    ))  # fmt: skip
+    policy = fipo.open_policy(base, cfg)
+    problems = fipo.encode_problems(sums, policy, cfg)
+    groups, _, _ = fipo.collect_rollouts(fipo.HFSampler(policy), problems, cfg, 1, 0)
+    fipo.assign_rewards([r for g in groups for r in g], cfg)
+    fipo.assign_advantages(groups)
+    rows = [
+        [
+            {"prompt_ids": r.problem.prompt_ids, "response_ids": list(r.response_ids),
+             "sampler_logp": list(r.sampler_logp), "advantage": r.advantage}
+            for r in group
+        ]
+        for group in groups
+    ]  # fmt: skip
+    runaway = next(row["response_ids"] for group in rows for row in group if row["advantage"] < 0)
+
+    def run(ranks: int = 0, **change):
+        changed = dataclasses.asdict(dataclasses.replace(cfg, **change))
+        settings, result = Path(tempfile.mkstemp(dir=folder)[1]), Path(tempfile.mkstemp(dir=folder)[1])
+        settings.write_text(json.dumps({"config": changed, "groups": rows, "runaway": runaway}))
+        finished(launch([str(ROOT / "tests" / "three_updates.py"), str(settings), str(result)], ranks))
+        return torch.load(result)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(given):
+    return given()
+
+
+SPLITS = {
+    "plain torch, one pass": dict(tokens_per_micro_batch=100_000),
+    "ZeRO-3, one rank": dict(ranks=1, deepspeed=ZERO_3),
+    "ZeRO-3, two ranks": dict(ranks=2, deepspeed=ZERO_3),
+    "ZeRO-3, two ranks, a pass per response, activations recomputed": dict(
+        ranks=2, deepspeed=ZERO_3, tokens_per_micro_batch=1, gradient_checkpointing=True
+    ),
+    "ZeRO-3, two ranks, offload": dict(ranks=2, deepspeed=ZERO_3, offload=True),
+    "ZeRO-2, two ranks": dict(ranks=2, deepspeed=2),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_same_result_however_it_is_split(given, plain, zero, split):
+    """Loss, gradient norm, all metrics and the weights after three updates, one of which drops a response; float32."""
+    how = dict(SPLITS[split])
+    if how.get("deepspeed") == 2:
+        how["deepspeed"] = zero(stage=2)
+    result = given(**how)
+    assert plain["updates"][0]["dropped_sequences"] == 1 and all(u["grad_norm"] > 0 for u in plain["updates"])
+    assert sum(s[0] for s in result["shares"]) == 16 and all(s[0] for s in result["shares"])
+    for mine, theirs in zip(result["updates"], plain["updates"]):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=2e-5)
+    assert result["weights"].keys() == plain["weights"].keys() and "lm_head.weight" in plain["weights"]
+    for name, weight in result["weights"].items():
+        torch.testing.assert_close(weight, plain["weights"][name], atol=4e-6, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def sharded(small, sums, zero) -> fipo.Config:
+    """A run of four steps under ZeRO-2, which the Hugging Face sampler can read."""
+    return dataclasses.replace(small, deepspeed=zero(stage=2), sampler="hf", eval_data=sums, steps=4, dtype="float32")
+
+
+def train(cfg: fipo.Config, ranks: int = 0, *extra: str) -> subprocess.Popen:
+    return launch([str(ROOT / "fipo.py"), "train", *flags(cfg), *extra], ranks)
+
+
+def test_two_ranks_log_what_one_logs_and_a_checkpoint_outlives_its_number_of_ranks(sharded, tmp_path):
+    """Rollouts, evaluation and updates; then 2 steps on two ranks and 2 on one, and the other way round."""
+    whole = {n: dataclasses.replace(sharded, out=str(tmp_path / f"whole-{n}")) for n in (0, 2)}
+    finished(train(dataclasses.replace(whole[0], deepspeed="")))
+    finished(train(whole[2], ranks=2))
+    alike(Path(whole[2].out), Path(whole[0].out))
+    for first, then in ((2, 1), (1, 2)):
+        cfg = dataclasses.replace(sharded, out=str(tmp_path / f"{first}-then-{then}"))
+        finished(train(dataclasses.replace(cfg, steps=2), ranks=first))
+        assert f"to {then} ranks" in finished(train(cfg, then, "--resume"))
+        alike(Path(cfg.out), Path(whole[0].out))
+    model = AutoModelForCausalLM.from_pretrained(Path(cfg.out) / "checkpoints" / "step_000004")
+    other = AutoModelForCausalLM.from_pretrained(Path(whole[0].out) / "checkpoints" / "step_000004")
+    for name, weight in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, atol=2e-5, rtol=1e-3)
+
+
+def test_a_signal_to_one_rank_stops_all_and_they_resume_exactly(sharded, tmp_path):
+    whole, cut = (dataclasses.replace(sharded, out=str(tmp_path / name), steps=6) for name in ("whole", "cut"))
+    finished(train(whole, 2))
+    process = train(cut, 2)
+    wait_for_step(Path(cut.out), 2, process)
+    (second,) = children(process, "local_rank=1")
+    subprocess.run(["kill", "-TERM", second], check=True)
+    assert "--resume goes on from there" in finished(process, seconds=60)
+    assert not list((Path(cut.out) / "checkpoints").glob("*006"))
+    finished(train(cut, 2, "--resume"))
+    alike(Path(cut.out), Path(whole.out), tolerance=0)
+
+
+def children(process: subprocess.Popen, word: str) -> list[str]:
+    """Process ids under `process` whose command line holds `word`."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    parents = {pid: (ppid, args) for pid, ppid, args in (line.split(None, 2) for line in table)}
+
+    def under(pid: str) -> bool:
+        return pid in parents and (parents[pid][0] == str(process.pid) or under(parents[pid][0]))
+
+    return [pid for pid, (_, args) in parents.items() if word in args and under(pid)]
+
+
+def test_when_a_rank_dies_the_others_end_with_a_message_and_the_checkpoint_is_whole(sharded):
+    """Without a launcher that would end them: as on another node of a cluster."""
+    cfg, port = dataclasses.replace(sharded, steps=1000, eval_data=""), str(fipo.free_port())
+    both = [
+        launch([str(ROOT / "fipo.py"), "train", *flags(cfg)], RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2",
+               MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for i in (0, 1)
+    ]  # fmt: skip
+    wait_for_step(Path(cfg.out), 3, both[0])
+    both[1].send_signal(signal.SIGKILL)
+    output, _ = both[0].communicate(timeout=60)
+    assert (
+        "Traceback" not in output
+        and both[0].returncode != 0
+        and re.search("nothing heard of rank 1 for 20 s|another rank has ended", output)
+    ), output
+    assert fipo.newest_checkpoint(Path(cfg.out)).name.startswith("step_")
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(deepspeed=""), "several processes were started: give --deepspeed"),
+    (dict(deepspeed="no.json"), "reading no.json failed"),
+    (dict(deepspeed=ZERO_3), "cannot read a model that ZeRO-3 has cut into shards"),
+    (dict(deepspeed="broken"), "overlap_com Extra inputs are not permitted"),
+])  # fmt: skip
+def test_mistakes_are_told_in_one_sentence(sharded, zero, change, said):
+    if change["deepspeed"] == "broken":
+        change = dict(deepspeed=zero(overlap_com=True))
+    output = finished(train(dataclasses.replace(sharded, **change), 2), status=1)
+    assert said in output and "Traceback" not in output, output
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """The Python part of train_32b.sh, as a module."""
+    source = re.search(r"<<'PLAN'\n(.*)\nPLAN\n", (ROOT / "train_32b.sh").read_text(), re.S)[1]
+    path = tmp_path_factory.mktemp("plan") / "plan.py"
+    path.write_text(source)
+    return runpy.run_path(str(path), run_name="plan")
+
+
+def dry_run(*words: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", str(ROOT / "train_32b.sh"), *words], env=environment(DRY_RUN="1", **env),
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_dry_run_prints_the_plan_for_32b_without_gpu_or_weights():
+    done = dry_run(NNODES="8")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "32.76 billion parameters" in done.stdout
+    rows = {int(line.split()[0]): line for line in done.stdout.splitlines() if re.match(r" +\d+ +\d.*\|", line)}
+    assert list(rows) == [8, 16, 32, 64, 128]
+    assert rows[8].split()[-2:] == ["no", "yes"] and rows[64].split()[-2:] == ["yes", "yes"]
+
+
+@pytest.mark.parametrize("words, env, said", [
+    (["--lr", "-1"], {}, "--lr is -1.0"),
+    (["--no_such_setting", "1"], {}, "unrecognized arguments: --no_such_setting"),
+    ([], {"TP": "16", "NNODES": "2"}, "TP=16 does not divide the 40 attention heads"),
+    ([], {"DATA": "missing.jsonl"}, "there is no file missing.jsonl"),
+    (["--max_response", "200000"], {}, "the model reads 131072"),
+])  # fmt: skip
+def test_dry_run_refuses_what_cannot_run(words, env, said):
+    done = dry_run(*words, **env)
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(stage=2), "zero_optimization.stage is 2, it must be 3"),
+    (dict(stage=9), "checking .* failed: 1 validation error"),
+    (dict(typo=1), "typo Extra inputs are not permitted"),
+])  # fmt: skip
+def test_plan_refuses_a_deepspeed_file_that_cannot_hold_32b(plan, zero, change, said):
+    with pytest.raises(fipo.FipoError, match=said):
+        plan["check_deepspeed"](zero(**change))
+    assert plan["check_deepspeed"](ZERO_3)["stage"] == 3
+
+
+def test_plan_counts_the_parameters_of_a_real_model(plan, base):
+    _, parameters = plan["shape_of"](base)
+    assert parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_plan_s_bytes_of_weights_gradients_and_optimiser_are_those_held_after_an_update(given, zero, plan, base, ranks):
+    """All floating-point tensors alive under ZeRO-3 in bfloat16, with no parameter so small that it is kept whole."""
+    result = given(ranks=ranks, deepspeed=zero(stage3_param_persistence_threshold=0), dtype="bfloat16")
+    _, parameters = plan["shape_of"](base)
+    assert result["held"] == pytest.approx(sum(plan["states"](parameters, ranks)), rel=0.03)
+
+
+def peak(run) -> int:
+    """The most bytes allocated at one time while `run` runs on the CPU, by torch's own profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        run()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        seen.export_chrome_trace(file.name)
+        events = [e for e in json.load(open(file.name))["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda e: e["ts"])
+    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    return max(e["args"]["Total Allocated"] for e in events) - before
+
+
+@pytest.mark.parametrize("shape", [
+    dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=512),
+    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=12, vocab_size=512),
+    dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=30_000),
+])  # fmt: skip
+def test_plan_s_bytes_of_activations_and_logits_are_the_measured_peak(plan, shape):
+    """One pass of 1024 tokens, forward and backward, in bfloat16, activations recomputed; beside the gradients."""
+    config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False)
+    model, tokens, chunk = Qwen2ForCausalLM(config).to(torch.bfloat16).train(), 1024, 256
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ids, mask = torch.randint(0, config.vocab_size, (1, tokens)), torch.ones(1, tokens)
+    saved, layer = plan["activations"](config, tokens)
+    planned = saved + max(layer, plan["logits"](config, chunk))
+    measured = peak(lambda: fipo.token_logprobs(model, ids, mask, 1.0, chunk)[0].sum().backward())
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_plan_s_flops_are_those_torch_counts(plan):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = Qwen2Config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=512,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    config._attn_implementation = "eager"  # of which torch counts all products, masked or not
+    model, tokens = Qwen2ForCausalLM(config), 512
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fipo.token_logprobs(model, torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens))
+    parameters = sum(p.numel() for p in model.parameters())
+    attention = 2 * config.num_hidden_layers * config.hidden_size * tokens  # causal: half of what is counted
+    planned = plan["forward_flops"](config, parameters, tokens)
+    assert planned + attention == pytest.approx(counter.get_total_flops() / tokens, rel=0.01)
+
+
+def test_the_recipe_is_the_paper_s_and_the_defaults_are_the_same():
+    """Whoever starts fipo.py without train_32b.sh trains with the same numbers."""
+    script = (ROOT / "train_32b.sh").read_text()
+    recipe = re.search(r"^recipe=\((.*?)^\)", script, re.S | re.M)[1]
+    words = [word for line in recipe.splitlines() for word in line.split("#")[0].split()]
+    parser = fipo.HfArgumentParser(fipo.Config)
+    given, default = parser.parse_args(words), fipo.resolve(fipo.Config(model="m", data="d", out="o"))
+    names = [word[2:] for word in words if word.startswith("--") and word != "--prompts_per_round"]
+    assert len(names) > 20 and given.prompts_per_round == 2048
+    assert {name: getattr(given, name) for name in names} == {name: getattr(default, name) for name in names}
