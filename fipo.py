@@ -231,6 +231,7 @@ def resolve(cfg: Config) -> Config:
     require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer"
             f" ({cfg.overlong_buffer}): raise the first, or lower the second (0: no penalty).")  # fmt: skip
     require(len(bounds) == 2 and 0 <= bounds[0] <= bounds[1], f"--weight_range is {bounds}: give lo hi, 0 ≤ lo ≤ hi.")
+    require(cfg.deepspeed or not cfg.offload, "--offload needs --deepspeed ds_config.json.")
     require(cfg.clip_low < 1, f"--clip_low is {cfg.clip_low}: it must be below 1.")
     require(cfg.dynamic_sampling or cfg.prompts_per_round == batch,
             "--prompts_per_round needs --dynamic_sampling true: leave one of the two out.")  # fmt: skip
@@ -369,6 +370,9 @@ class HFSampler:
         self.policy = policy
         require(not policy.sharded, "--sampler hf cannot read a model that ZeRO-3 has cut into shards: install vllm,"
                 " or set the stage in the --deepspeed file to 2 or less.")  # fmt: skip
+        require(
+            policy.cfg.tensor_parallel == 1, "--tensor_parallel is a setting of vLLM: leave it out, or install vllm."
+        )
         self.eos = torch.tensor(policy.eos, device=policy.device)
 
     def sleep(self) -> None:
@@ -1369,9 +1373,9 @@ def together(deepspeed: str) -> Iterator[None]:
         return
     with explain("importing deepspeed (pip install -r requirements.txt)"):
         import deepspeed as ds
-    if not several:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(free_port())
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    alone = {} if "RANK" in os.environ else {name: str(value) for name, value in alone.items()}
+    os.environ |= alone  # what a launcher would have set
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     ds.init_distributed(verbose=False)
@@ -1386,9 +1390,14 @@ def together(deepspeed: str) -> Iterator[None]:
     finally:
         over.set()
         watching.join()
-        if "vllm" not in sys.modules:  # at exit, vLLM destroys the groups itself and fails if they are gone
+        orderly = isinstance(sys.exc_info()[1], (type(None), FipoError, Interrupted))
+        if (
+            orderly and "vllm" not in sys.modules
+        ):  # which, at exit, destroys the groups itself and fails if they are gone
             distributed.destroy_process_group()  # or its threads outlive Python, which aborts
         hosts.cache_clear()
+        for name in alone:
+            del os.environ[name]
 
 
 def free_port() -> int:

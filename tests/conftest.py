@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -154,11 +155,5 @@ def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
 
 def second_rank(process: subprocess.Popen) -> int:
     """The process id of rank 1 in a run that `process` has started."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
-    parents = {pid: (ppid, args) for pid, ppid, args in (line.split(None, 2) for line in table)}
-
-    def under(pid: str) -> bool:
-        return pid in parents and (parents[pid][0] == str(process.pid) or under(parents[pid][0]))
-
-    ranks = [pid for pid, (_, args) in parents.items() if "python" in args and " -u " in args and under(pid)]
-    return max(int(pid) for pid in ranks if "fipo.py" in parents[pid][1] and "launcher" not in parents[pid][1])
+    started = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    return min(started, key=lambda p: p.create_time()).pid  # later ones are helpers of its own

@@ -130,9 +130,9 @@ def test_mistakes_are_told_in_one_sentence(policy, monkeypatch):
 
 @pytest.fixture(scope="module")
 def alone(base, sums, tmp_path_factory) -> fipo.Config:
-    """Three steps in one process: plain torch, vLLM."""
+    """Six steps in one process: plain torch, vLLM."""
     cfg = fipo.Config(
-        model=base, data=sums, eval_data=sums, out=str(tmp_path_factory.mktemp("alone") / "run"), steps=3, group_size=8,
+        model=base, data=sums, eval_data=sums, out=str(tmp_path_factory.mktemp("alone") / "run"), steps=6, group_size=8,
         prompts_per_batch=6, prompts_per_mini_batch=2, max_prompt=16, max_response=32, overlong_buffer=8, lr=3e-4,
         warmup_steps=1, eval_samples=2, eval_every=3, dtype="float32", tokens_per_micro_batch=400, sampler="vllm",
     )  # fmt: skip
@@ -185,8 +185,8 @@ def test_train_32b_sh_trains_evaluates_is_stopped_and_goes_on(alone, zero, tmp_p
     alike(out, Path(alone.out))
     for line in read_jsonl(out / "metrics.jsonl")[1:]:
         assert line["sampler_mismatch"] < 1e-5
-    exported = AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "step_000003")
-    trained = AutoModelForCausalLM.from_pretrained(Path(alone.out) / "checkpoints" / "step_000003")
+    exported = AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "step_000006")
+    trained = AutoModelForCausalLM.from_pretrained(Path(alone.out) / "checkpoints" / "step_000006")
     for name, weight in trained.state_dict().items():
         torch.testing.assert_close(exported.state_dict()[name], weight, atol=2e-5, rtol=1e-3)
 

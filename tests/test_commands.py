@@ -1,6 +1,7 @@
 """The command line: help, one clear sentence for each mistake, and train_small.py as a user runs it."""
 
 import dataclasses
+import importlib.util
 import os
 import re
 import shutil
@@ -50,6 +51,12 @@ MISTAKES = {
     "no temperature": (dict(temperature=0.0), "--temperature is 0.0: it must be at least 0.001"),
     "no steps": (dict(steps=0), "--steps is 0: it must be at least 1"),
     "rounds without dynamic sampling": (dict(algorithm="grpo", prompts_per_round=8), "needs --dynamic_sampling true"),
+    "offload without DeepSpeed": (dict(offload=True), "--offload needs --deepspeed"),
+    "more of the GPU than there is": (dict(vllm_memory=1.5), "--vllm_memory is 1.5: it must be at most 1"),
+    "tensor parallelism without vLLM": (
+        dict(sampler="hf", tensor_parallel=2),
+        "--tensor_parallel is a setting of vLLM",
+    ),
     "wandb not installed": (dict(wandb="project"), "pip install wandb"),
 }
 
@@ -213,3 +220,11 @@ def test_the_corpus_says_what_the_readme_says():
     assert share["short"] > share["worked"] > share["checked"]
     assert right["short"] < 0.3 < 0.9 < right["worked"] < right["checked"] == 1
     assert length["short"] < length["worked"] / 2.5 < length["checked"] / 4
+
+
+def test_vllm_that_is_not_installed_is_told(small, capsys):
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed here")
+    fails(
+        ["train", *flags(dataclasses.replace(small, sampler="vllm"))], capsys, "pip install .* vllm==.* No module named"
+    )

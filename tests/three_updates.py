@@ -24,6 +24,7 @@ def held(bucket: int) -> int:
 
 
 torch.set_num_threads(1)
+fipo.token_logprobs.__defaults__ = (1.0, 16)  # many chunks of logits a pass, as long responses have
 warnings.filterwarnings("ignore", category=FutureWarning)
 argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 settings, result = json.loads(Path(argv[0]).read_text()), Path(argv[1])
@@ -40,6 +41,7 @@ with fipo.one_clear_sentence(), fipo.together(cfg.deepspeed):
         ]
         for group in settings["groups"]
     ]  # fmt: skip
+    largest = max(p.numel() for p in policy.model.parameters())  # a shard is not counted: 0 if nothing is whole
     minis = fipo.mini_batches(groups, cfg, step=1)
     scored = fipo.score_old_logp(policy, minis)
     for rollout in (r for mini in minis for r in mini if r.old_logp is not None):
@@ -51,4 +53,14 @@ with fipo.one_clear_sentence(), fipo.together(cfg.deepspeed):
     mine = [sum(len(part) for part in fipo.my_passes(mini, cfg.tokens_per_micro_batch)) for mini in minis]
     shares = fipo.everywhere(mine)
     if fipo.rank() == 0:
-        torch.save({"scored": scored, "updates": done, "weights": weights, "shares": shares, "held": memory}, result)
+        torch.save(
+            {
+                "scored": scored,
+                "updates": done,
+                "weights": weights,
+                "shares": shares,
+                "held": memory,
+                "largest": largest,
+            },
+            result,
+        )
