@@ -423,14 +423,13 @@ class VLLMSampler:
 
     def __init__(self, policy: Policy):
         cfg, self.policy, self.gpu = policy.cfg, policy, policy.device.type == "cuda"
-        joined = "RANK" in os.environ  # if not, vLLM starts what processes it needs itself; in training it has to be
-        self.ranks = cfg.tensor_parallel if joined else 1
-        require(joined or not policy.training or cfg.tensor_parallel == 1, "--tensor_parallel needs as many processes: "
-                "start them by a launcher, with --deepspeed ds_config.json.")  # fmt: skip
-        for what, number in (("ranks", world()), ("attention heads", policy.model.config.num_attention_heads)):
-            if what != "ranks" or joined:
-                require(number % cfg.tensor_parallel == 0, f"--tensor_parallel {cfg.tensor_parallel} does not divide "
-                        f"the {number} {what}.")  # fmt: skip
+        tp, heads = cfg.tensor_parallel, policy.model.config.num_attention_heads
+        joined = bool(getattr(cfg, "deepspeed", ""))  # else, in evaluation, vLLM starts its processes itself
+        self.ranks = tp if joined else 1
+        require(tp == 1 or joined or not policy.training, "--tensor_parallel needs as many processes: start them by a "
+                "launcher, with --deepspeed ds_config.json.")  # fmt: skip
+        require(world() % self.ranks == 0, f"--tensor_parallel {tp} does not divide the {world()} ranks.")
+        require(heads % tp == 0, f"--tensor_parallel {tp} does not divide the {heads} attention heads.")
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine in this process, where the weights are
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
             os.environ.setdefault(name, value)
@@ -443,8 +442,7 @@ class VLLMSampler:
                 policy.path, dtype="bfloat16" if policy.bf16 else "float32", seed=cfg.seed, enforce_eager=not self.gpu,
                 max_model_len=cfg.max_prompt + cfg.max_response, logprobs_mode="processed_logprobs",
                 gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.gpu,
-                tensor_parallel_size=cfg.tensor_parallel,
-                distributed_executor_backend="external_launcher" if joined else None,
+                tensor_parallel_size=tp, distributed_executor_backend="external_launcher" if joined else None,
             )  # fmt: skip
         self.params = functools.partial(vllm.SamplingParams, logprobs=0, flat_logprobs=True, detokenize=False,
                                         stop_token_ids=policy.eos)  # fmt: skip
@@ -1371,11 +1369,9 @@ def together(deepspeed: str) -> Iterator[None]:
     if not deepspeed:
         yield
         return
+    require("RANK" in os.environ, "--deepspeed needs a launcher, for one GPU too: `deepspeed fipo.py train …`.")
     with explain("importing deepspeed (pip install -r requirements.txt)"):
         import deepspeed as ds
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    alone = {} if "RANK" in os.environ else {name: str(value) for name, value in alone.items()}
-    os.environ |= alone  # what a launcher would have set
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     ds.init_distributed(verbose=False)
@@ -1396,8 +1392,6 @@ def together(deepspeed: str) -> Iterator[None]:
         ):  # which, at exit, destroys the groups itself and fails if they are gone
             distributed.destroy_process_group()  # or its threads outlive Python, which aborts
         hosts.cache_clear()
-        for name in alone:
-            del os.environ[name]
 
 
 def free_port() -> int:

@@ -62,20 +62,8 @@ gpus=$((NNODES * GPUS_PER_NODE))
 (( gpus % TP == 0 )) || fail "TP=$TP does not divide the $gpus GPUs."
 [[ -n $HOSTFILE ]] || (( GPUS_PER_NODE % TP == 0 )) || fail "TP=$TP does not divide GPUS_PER_NODE=$GPUS_PER_NODE."
 
-if [[ ${DRY_RUN:-0} != 1 ]]; then
-  if [[ -n $HOSTFILE ]]; then
-    exec deepspeed --hostfile "$HOSTFILE" "${train[@]}"
-  elif [[ -n ${SLURM_JOB_ID:-} ]]; then
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    exec srun --nodes "$NNODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1 \
-      torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
-      --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" "${train[@]}"
-  fi
-  (( NNODES == 1 )) || fail "NNODES=$NNODES needs Slurm (sbatch), or a HOSTFILE instead."
-  exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" "${train[@]}"
-fi
-
-PYTHONPATH=$here GPUS=$gpus exec python - "${train[@]:2}" <<'PLAN'
+# First the plan, always: what cannot run is refused here, in one sentence, and not by every process on every node.
+PYTHONPATH=$here GPUS=$gpus python - "${train[@]:2}" <<'PLAN'
 """The plan: is every argument valid, what fits where, how long a step takes. Formulas are printed with their numbers."""
 import os
 import sys
@@ -150,9 +138,9 @@ def logits(config, chunk=1024):
 
 
 def gathered(config, zero):
-    """Bytes of what ZeRO-3 gathers and sends: live weights (the head is one), the head's gradient twice, buckets."""
-    numbers = zero["stage3_max_live_parameters"] + 2 * config.vocab_size * config.hidden_size
-    return 2 * (numbers + zero["stage3_prefetch_bucket_size"] + 2 * zero["reduce_bucket_size"])
+    """Bytes of what ZeRO-3 gathers (the head is among it) and sends (float32), and of the head's gradient, twice."""
+    numbers = zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]
+    return 2 * (numbers + 2 * config.vocab_size * config.hidden_size) + 4 * 2 * zero["reduce_bucket_size"]
 
 
 def kv_per_token(config):
@@ -239,3 +227,15 @@ if __name__ == "__main__":
     with fipo.one_clear_sentence():
         plan(sys.argv[1:])
 PLAN
+
+[[ ${DRY_RUN:-0} == 1 ]] && exit
+if [[ -n $HOSTFILE ]]; then
+  exec deepspeed --hostfile "$HOSTFILE" "${train[@]}"
+elif [[ -n ${SLURM_JOB_ID:-} ]]; then
+  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  exec srun --nodes "$NNODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1 \
+    torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
+    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" "${train[@]}"
+fi
+(( NNODES == 1 )) || fail "NNODES=$NNODES needs Slurm (sbatch), or a HOSTFILE instead."
+exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" "${train[@]}"

@@ -116,10 +116,13 @@ def environment(**more: str) -> dict[str, str]:
     )
 
 
-def launch(words: list[str], ranks: int = 0, **env: str) -> subprocess.Popen:
-    """Start a script in one process, or by DeepSpeed's launcher in several."""
-    port = str(fipo.free_port())
-    first = ["deepspeed", "--master_port", port, "--num_gpus", str(ranks)] if ranks else [sys.executable]
+def launch(words: list[str], ranks: int = 0, by: str = "torchrun", **env: str) -> subprocess.Popen:
+    """Start a script in one process, or by a launcher in several."""
+    launchers = {
+        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks)],
+        "deepspeed": ["deepspeed", "--master_port", str(fipo.free_port()), "--num_gpus", str(ranks)],
+    }
+    first = launchers[by] if ranks else [sys.executable]
     return subprocess.Popen([*first, *words], env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True)  # fmt: skip
 

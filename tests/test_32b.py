@@ -116,8 +116,7 @@ def test_mistakes_are_told_in_one_sentence(policy, monkeypatch):
             fipo.VLLMSampler(policy)
 
     opens("--tensor_parallel needs as many processes", tensor_parallel=2)
-    monkeypatch.setenv("RANK", "0")
-    opens("--tensor_parallel 2 does not divide the 1 ranks", tensor_parallel=2)
+    opens("--tensor_parallel 2 does not divide the 1 ranks", tensor_parallel=2, deepspeed="ds_config.json")
     monkeypatch.setattr(fipo, "world", lambda: 3)
     opens("--tensor_parallel 3 does not divide the 4 attention heads", tensor_parallel=3)
     monkeypatch.undo()

@@ -51,6 +51,7 @@ MISTAKES = {
     "no temperature": (dict(temperature=0.0), "--temperature is 0.0: it must be at least 0.001"),
     "no steps": (dict(steps=0), "--steps is 0: it must be at least 1"),
     "rounds without dynamic sampling": (dict(algorithm="grpo", prompts_per_round=8), "needs --dynamic_sampling true"),
+    "DeepSpeed without a launcher": (dict(deepspeed="ds_config.json"), "--deepspeed needs a launcher"),
     "offload without DeepSpeed": (dict(offload=True), "--offload needs --deepspeed"),
     "more of the GPU than there is": (dict(vllm_memory=1.5), "--vllm_memory is 1.5: it must be at most 1"),
     "tensor parallelism without vLLM": (
