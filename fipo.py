@@ -1375,6 +1375,9 @@ def together(deepspeed: str) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     ds.init_distributed(verbose=False)
+    barrier()
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{rank()}"):
+        left.unlink()  # on CPUs; all ranks have opened it by now, and DeepSpeed would leave 69 MB there for ever
     over = threading.Event()
     store = distributed.TCPStore(os.environ["MASTER_ADDR"], everywhere(free_port())[0], is_master=rank() == 0,
                                  timeout=timedelta(seconds=20))  # fmt: skip

@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -127,13 +128,16 @@ def train(cfg: fipo.Config, ranks: int = 0, *extra: str, by: str = "torchrun") -
 
 def test_two_ranks_log_what_one_logs_and_a_checkpoint_outlives_its_number_of_ranks(sharded, tmp_path):
     """Rollouts, evaluation and updates; then 2 steps on two ranks and 2 on one, and the other way round."""
-    whole = dataclasses.replace(sharded, out=str(tmp_path / "whole"), deepspeed="")
+    began, whole = time.time(), dataclasses.replace(sharded, out=str(tmp_path / "whole"), deepspeed="")
     finished(train(whole))
     for first, then in ((2, 1), (1, 2)):
         cfg = dataclasses.replace(sharded, out=str(tmp_path / f"{first}-then-{then}"))
         finished(train(dataclasses.replace(cfg, steps=2), ranks=first))
         assert f"to {then} ranks" in finished(train(cfg, then, "--resume", by="deepspeed"))
         alike(Path(cfg.out), Path(whole.out))
+    assert not {p for p in Path("/dev/shm").glob("deepspeed_*") if p.stat().st_mtime > began}, (
+        "shared memory is given back"
+    )
     with pytest.raises(fipo.FipoError, match="written with the other engine: give --deepspeed"):
         fipo.train(dataclasses.replace(cfg, deepspeed="", resume=True, steps=9))
     output = finished(train(dataclasses.replace(whole, deepspeed=ZERO_3, steps=9), 1, "--resume"), status=1)
