@@ -97,7 +97,7 @@ class EvalConfig:
     verifier: Literal["dapo", "math"] = arg("dapo", "dapo: the last 'Answer:' line, as text; math: math-verify")
     sampler: Literal["auto", "vllm", "hf"] = arg("auto", "auto: vLLM where it is installed, else Hugging Face")
     rollout_rows: int = arg(512, "responses a sampler is given at a time; what bounds the memory of rollouts")
-    tensor_parallel: int = arg(1, "ranks that share one vLLM engine")
+    tensor_parallel: int = arg(1, "processes that share one vLLM engine")
     vllm_memory: float = arg(0.5, "share of a GPU's memory that vLLM may take")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "compute dtype; auto: bfloat16 on a GPU that has it")
     eval_samples: int = arg(32, "responses per evaluation problem, n")
@@ -202,8 +202,8 @@ def say(text: str) -> None:
         tqdm.write(text)  # print, without tearing a progress bar apart
 
 
-def progress(*args: Any, **how: Any) -> tqdm:
-    return tqdm(*args, leave=False, disable=True if rank() else None, **how)
+def progress(*args: Any, leave: bool = False, **how: Any) -> tqdm:
+    return tqdm(*args, leave=leave, disable=True if rank() else None, **how)
 
 
 def check(cfg: EvalConfig) -> None:
@@ -430,7 +430,7 @@ class VLLMSampler:
                 "launcher, with --deepspeed ds_config.json.")  # fmt: skip
         require(world() % self.ranks == 0, f"--tensor_parallel {tp} does not divide the {world()} ranks.")
         require(heads % tp == 0, f"--tensor_parallel {tp} does not divide the {heads} attention heads.")
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine in this process, where the weights are
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where the weights are
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
             os.environ.setdefault(name, value)
         with explain(f"importing vllm (pip install -r requirements.txt vllm=={VLLM})"):
@@ -484,8 +484,9 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], purpose: t
            temperature: float, top_p: float) -> Iterator[list[Rollout]]:  # fmt: skip
     """A group of `n` verified responses to each problem, in their order, on every rank.
 
-    The engines of all ranks are given `rollout_rows` responses each at a time: more than that is never held, and who
-    has seen enough can stop. The result depends on (purpose, place of the problem), not on how the work is shared.
+    The engines of all ranks are given `rollout_rows` responses each at a time, so that who has seen enough can stop and
+    who needs only some of the groups need not hold the rest. The result depends on (purpose, place of the problem), not
+    on how the work is shared.
     """
     team = sampler.ranks  # ranks of one engine, which all hold its responses
     engines, engine = world() // team, rank() // team
@@ -1092,7 +1093,7 @@ def train_step(policy: Policy, sampler: Any, problems: list[Problem], cfg: Confi
 def training_loop(policy: Policy, sampler: Any, problems: list[Problem], eval_problems: list[Problem],
                   cfg: Config, state: State, track: Callable[..., None]) -> None:  # fmt: skip
     """The one loop of every machine: evaluate when due, log, train on one more batch."""
-    with tqdm(total=cfg.steps, initial=state.step, desc="steps", disable=True if rank() else None) as bar:
+    with progress(total=cfg.steps, initial=state.step, desc="steps", leave=True) as bar:
         while True:
             if eval_problems and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
                 measured, groups = evaluate(sampler, eval_problems, cfg, state.step)
@@ -1136,7 +1137,7 @@ def train(cfg: Config) -> None:
                 track = wandb.log
         if resumed:
             policy.load_optimizer(resumed)
-            state = State(**json.loads((resumed / "state.json").read_text()))
+            state = State(**read_json(str(resumed / "state.json")))
             require(state.step <= cfg.steps, f"{out} is at step {state.step} already: raise --steps above {cfg.steps}.")
             say(f"resuming after step {state.step} from {resumed}")
         sampler = open_sampler(policy)
@@ -1390,9 +1391,7 @@ def together(deepspeed: str) -> Iterator[None]:
         over.set()
         watching.join()
         orderly = isinstance(sys.exc_info()[1], (type(None), FipoError, Interrupted))
-        if (
-            orderly and "vllm" not in sys.modules
-        ):  # which, at exit, destroys the groups itself and fails if they are gone
+        if orderly and "vllm" not in sys.modules:  # vLLM destroys the groups at exit, and fails if they are gone
             distributed.destroy_process_group()  # or its threads outlive Python, which aborts
         hosts.cache_clear()
 

@@ -53,10 +53,6 @@ machine=(                                              # not in the paper: how t
 [[ -n $EVAL_DATA ]] && machine+=(--eval_data "$EVAL_DATA")
 [[ $OFFLOAD == 1 ]] && machine+=(--offload true)
 train=("$here/fipo.py" train "${recipe[@]}" "${machine[@]}" "$@")
-if ! command -v nvidia-smi >/dev/null; then
-  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-  rm -f /dev/shm/*-cpushm_*                            # a killed run leaves these, and vLLM does not start over them
-fi
 gpus=$((NNODES * GPUS_PER_NODE))
 [[ -n $HOSTFILE ]] && gpus=$(awk -F 'slots=' '/slots=/ { n += $2 } END { print n + 0 }' "$HOSTFILE")
 (( gpus % TP == 0 )) || fail "TP=$TP does not divide the $gpus GPUs."
@@ -229,6 +225,10 @@ if __name__ == "__main__":
 PLAN
 
 [[ ${DRY_RUN:-0} == 1 ]] && exit
+if ! command -v nvidia-smi >/dev/null; then
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+  rm -f /dev/shm/*-cpushm_*                            # a killed run leaves these, and vLLM does not start over them
+fi
 if [[ -n $HOSTFILE ]]; then
   exec deepspeed --hostfile "$HOSTFILE" "${train[@]}"
 elif [[ -n ${SLURM_JOB_ID:-} ]]; then

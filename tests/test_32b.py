@@ -150,14 +150,7 @@ def train_32b(cfg: fipo.Config, *words: str) -> subprocess.Popen:
     """`bash train_32b.sh` with small limits, as a user would type it."""
     small = dataclasses.replace(cfg, model="", data="", eval_data="", out="", sampler="auto")
     env = environment(MODEL=cfg.model, DATA=cfg.data, EVAL_DATA=cfg.eval_data, OUT=cfg.out, GPUS_PER_NODE="2", TP="2")
-    words = [
-        "bash",
-        str(ROOT / "train_32b.sh"),
-        *flags(small),
-        "--prompts_per_round",
-        "6",
-        *words,
-    ]  # as few as it takes
+    words = ["bash", str(ROOT / "train_32b.sh"), *flags(small), "--prompts_per_round", "6", *words]
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
