@@ -45,6 +45,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import html
 import importlib.util
 import itertools
 import json
@@ -67,7 +68,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from statistics import mean, pstdev
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import distributed
@@ -85,21 +87,43 @@ def arg(default: Any, text: str) -> Any:
 
 
 @dataclass
-class EvalConfig:
-    """Settings of `fipo.py eval`; `fipo.py train` has them too."""
+class SharedConfig:
+    """Settings of every command."""
 
-    model: str = arg("", "model folder or hub name")
     data: str = arg("", "problems: a .jsonl, .json or .parquet file, or a hub name[:config[:split]]")
     out: str = arg("", "folder for everything this command writes")
     seed: int = arg(0, "seed of sampling, shuffling and mini-batches")
     max_prompt: int = arg(2048, "longest prompt in tokens; longer ones are dropped, with a count")
     max_response: int = arg(20480, "longest response in tokens")
     verifier: Literal["dapo", "math"] = arg("dapo", "dapo: the last 'Answer:' line, as text; math: math-verify")
-    sampler: Literal["auto", "vllm", "hf"] = arg("auto", "auto: vLLM where it is installed, else Hugging Face")
     rollout_rows: int = arg(512, "responses a sampler is given at a time; what bounds the memory of rollouts")
+    tokens_per_micro_batch: int = arg(32768, "padded tokens per pass of scoring or updating")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "compute dtype; auto: bfloat16 on a GPU that has it")
+
+
+@dataclass
+class TokensConfig(SharedConfig):
+    """Settings of `fipo.py tokens`."""
+
+    base: str = arg("", "model folder or hub name before training")
+    trained: str = arg("", "the same model after training, as OUT/checkpoints/step_…")
+    problems: int = arg(128, "problems taken from --data, from its start")
+    seeds: int = arg(3, "responses per problem; spreads are taken over them")
+    replacement: bool = arg(True, "do token replacement, which needs both models in memory at once")
+    extrapolate: float = arg(0.1, "γ of the extrapolation (1 + γ) log π_RL − γ log π_base")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("float32", "compute dtype; bfloat16's rounding shows in Δlog p")
+    sampler: ClassVar[str] = "hf"  # both models are looked into at every token
+    tensor_parallel: ClassVar[int] = 1
+
+
+@dataclass
+class EvalConfig(SharedConfig):
+    """Settings of `fipo.py eval`; `fipo.py train` has them too."""
+
+    model: str = arg("", "model folder or hub name")
+    sampler: Literal["auto", "vllm", "hf"] = arg("auto", "auto: vLLM where it is installed, else Hugging Face")
     tensor_parallel: int = arg(1, "processes that share one vLLM engine")
     vllm_memory: float = arg(0.5, "share of a GPU's memory that vLLM may take")
-    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "compute dtype; auto: bfloat16 on a GPU that has it")
     eval_samples: int = arg(32, "responses per evaluation problem, n")
     eval_k: int = arg(0, "k of pass@k, unbiased for k < n (0: k = n)")
     eval_temperature: float = arg(1.0, "sampling temperature of evaluation")
@@ -133,7 +157,6 @@ class Config(EvalConfig):
     warmup_steps: int = arg(10, "linear warm-up, in rollout batches")
     weight_decay: float = arg(0.1, "AdamW weight decay")
     grad_clip: float = arg(1.0, "largest gradient norm")
-    tokens_per_micro_batch: int = arg(32768, "padded tokens per forward and backward pass")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, more time")
     deepspeed: str = arg("", "DeepSpeed's JSON file, as ds_config.json; none: plain torch, one process")
     offload: bool = arg(False, "DeepSpeed: optimiser and parameters live in the hosts' memory")
@@ -146,9 +169,10 @@ class Config(EvalConfig):
 AT_LEAST = {
     2: "group_size",
     1: "max_prompt max_response rollout_rows eval_samples eval_every steps save_every max_gen_rounds prompts_per_batch "
-       "prompts_per_mini_batch tokens_per_micro_batch dual_clip tensor_parallel",
+       "prompts_per_mini_batch tokens_per_micro_batch dual_clip tensor_parallel problems seeds",
     1e-3: "temperature eval_temperature eval_top_p tau vllm_memory",
-    0: "eval_k safety clip_low clip_high overlong_buffer lr warmup_steps weight_decay grad_clip log_samples",
+    0: "eval_k safety clip_low clip_high overlong_buffer lr warmup_steps weight_decay grad_clip log_samples "
+       "extrapolate",
 }  # fmt: skip
 
 DAPO = dict(weight_range=[1.0, 1.0], clip_high=0.28, dual_clip=10.0, loss_mean="token", dynamic_sampling=True,
@@ -206,17 +230,19 @@ def progress(*args: Any, leave: bool = False, **how: Any) -> tqdm:
     return tqdm(*args, leave=leave, disable=True if rank() else None, **how)
 
 
-def check(cfg: EvalConfig) -> None:
+def check(cfg: SharedConfig) -> None:
     """Refuse settings that no command can work with."""
-    require(cfg.model, "--model is missing: give a model folder or hub name.")
+    for name in ("model", "base", "trained"):
+        require(getattr(cfg, name, True), f"--{name} is missing: give a model folder or hub name.")
     require(cfg.data, "--data is missing: give a .jsonl, .json or .parquet file, or a hub name.")
     for least, names in AT_LEAST.items():
         for name in names.split():
             value = getattr(cfg, name, least)  # eval knows only some of them
             require(value >= least, f"--{name} is {value}: it must be at least {least}.")
-    for name in ("eval_top_p", "vllm_memory"):
-        require(getattr(cfg, name) <= 1, f"--{name} is {getattr(cfg, name)}: it must be at most 1.")
-    require(cfg.eval_k <= cfg.eval_samples, f"--eval_k is {cfg.eval_k}, above --eval_samples {cfg.eval_samples}.")
+            if name in ("eval_top_p", "vllm_memory"):
+                require(value <= 1, f"--{name} is {value}: it must be at most 1.")
+    if isinstance(cfg, EvalConfig):
+        require(cfg.eval_k <= cfg.eval_samples, f"--eval_k is {cfg.eval_k}, above --eval_samples {cfg.eval_samples}.")
 
 
 def resolve(cfg: Config) -> Config:
@@ -312,7 +338,7 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
     return tokenizer(text)["input_ids"]
 
 
-def encode_problems(source: str, policy: Policy, cfg: EvalConfig) -> list[Problem]:
+def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
     """Problems with their `prompt_ids`. Too long prompts are dropped, with a count; FipoError if none is left."""
     encode, context = policy.tokenizer, policy.model.config.max_position_embeddings
     every = [dataclasses.replace(p, prompt_ids=encode_prompt(p.prompt, encode)) for p in load_problems(source)]
@@ -340,6 +366,8 @@ class Rollout:
     reward: float = 0.0
     advantage: float = 0.0
     old_logp: torch.Tensor | None = None  # [T] log π_old, re-scored by the trainer
+    logp: torch.Tensor | None = None  # [T] log π_θ at the update on this response, just before it
+    measures: dict[str, torch.Tensor] = field(default_factory=dict)  # [T] each, of section 11
 
     def __len__(self) -> int:
         """Tokens of prompt and response."""
@@ -361,6 +389,54 @@ def sample_token(logits: torch.Tensor, top_p: float, u: torch.Tensor) -> tuple[t
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
+def uniform(seeds: list[int], n: int, max_tokens: int, device: torch.device) -> torch.Tensor:
+    """The numbers that `n` responses to each problem are drawn by, from the problem's own seed. [R, max_tokens]."""
+    drawn = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(drawn).to(device)
+
+
+@torch.no_grad()
+def decode(policies: list[Policy], problems: list[Problem], n: int, max_tokens: int,
+           choose: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> list[list[Rollout]]:  # fmt: skip
+    """`n` responses of at most `max_tokens` tokens to each problem, written by one policy or by several together.
+
+    choose(logits of each policy [R, V], row [R], step) -> token, logp [R]. `row` tells which responses are unfinished.
+    """
+    models, device = [policy.model.eval() for policy in policies], policies[0].device
+    eos = torch.tensor(sorted({e for policy in policies for e in policy.eos}), device=device)
+    longest = max(len(p.prompt_ids) for p in problems)
+    pad = [longest - len(p.prompt_ids) for p in problems]  # on the left, so that all rows grow at the same place
+    ids = torch.tensor([[0] * k + p.prompt_ids for k, p in zip(pad, problems)], device=device)  # [P, L]
+    mask = torch.tensor([[0] * k + [1] * (longest - k) for k in pad], device=device)
+    inputs = dict(input_ids=ids, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    caches = [DynamicCache(config=model.config) for model in models]
+    rollouts = [Rollout(problem) for problem in problems for _ in range(n)]
+    row = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch belongs to
+    for step in range(max_tokens):
+        with policies[0].autocast():
+            outs = [model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    for model, cache in zip(models, caches)]  # fmt: skip
+        logits = [out.logits[:, -1].float() for out in outs]  # [R, V] each
+        if step == 0:  # a prompt is read once per group, not once per response
+            for cache in caches:
+                cache.batch_repeat_interleave(n)
+            logits, mask = [x.repeat_interleave(n, 0) for x in logits], mask.repeat_interleave(n, 0)
+        token, logp = choose(logits, row, step)
+        for r, t, lp in zip(row.tolist(), token.tolist(), logp.tolist()):
+            rollouts[r].response_ids.append(t)
+            rollouts[r].sampler_logp.append(lp)
+        alive = ~torch.isin(token, eos)
+        if not alive.any():
+            break
+        if not alive.all():  # finished rows leave the batch instead of being decoded as padding
+            row, token, mask = row[alive], token[alive], mask[alive]
+            for cache in caches:
+                cache.batch_select_indices(alive.nonzero()[:, 0])
+        mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
+        inputs = dict(input_ids=token[:, None], position_ids=mask.sum(1, keepdim=True) - 1)
+    return [rollouts[i * n : (i + 1) * n] for i in range(len(problems))]
+
+
 class HFSampler:
     """Samples with Hugging Face from the trainer's own model. The seam: samplers have `generate`, `sleep`, `sync`."""
 
@@ -373,7 +449,6 @@ class HFSampler:
         require(
             policy.cfg.tensor_parallel == 1, "--tensor_parallel is a setting of vLLM: leave it out, or install vllm."
         )
-        self.eos = torch.tensor(policy.eos, device=policy.device)
 
     def sleep(self) -> None:
         """Rollouts are done: leave the memory to training."""
@@ -381,41 +456,15 @@ class HFSampler:
     def sync(self) -> None:
         """Wake, and take over the policy's weights. Sampler and trainer share one model here: nothing to do."""
 
-    @torch.no_grad()
     def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
                  top_p: float) -> list[list[Rollout]]:  # fmt: skip
         """`n` responses of at most `max_tokens` tokens to each problem; what is drawn depends on its own seed alone."""
-        model, device = self.policy.model.eval(), self.policy.device
-        dice = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        u = torch.cat(dice).to(device)  # [R, max_tokens]
-        longest = max(len(p.prompt_ids) for p in problems)
-        pad = [longest - len(p.prompt_ids) for p in problems]  # on the left, so that all rows grow at the same place
-        ids = torch.tensor([[0] * k + p.prompt_ids for k, p in zip(pad, problems)], device=device)  # [P, L]
-        mask = torch.tensor([[0] * k + [1] * (longest - k) for k in pad], device=device)
-        inputs = dict(input_ids=ids, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-        cache = DynamicCache(config=model.config)
-        rollouts = [Rollout(problem) for problem in problems for _ in range(n)]
-        row = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch belongs to
-        for step in range(max_tokens):
-            with self.policy.autocast():
-                out = model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1].float() / temperature  # [R, V]
-            if step == 0:  # a prompt is read once per group, not once per response
-                cache.batch_repeat_interleave(n)
-                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-            token, logp = sample_token(logits, top_p, u[row, step])
-            for r, t, lp in zip(row.tolist(), token.tolist(), logp.tolist()):
-                rollouts[r].response_ids.append(t)
-                rollouts[r].sampler_logp.append(lp)
-            alive = ~torch.isin(token, self.eos)
-            if not alive.any():
-                break
-            if not alive.all():  # finished rows leave the batch instead of being decoded as padding
-                row, token, mask = row[alive], token[alive], mask[alive]
-                cache.batch_select_indices(alive.nonzero()[:, 0])
-            mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
-            inputs = dict(input_ids=token[:, None], position_ids=mask.sum(1, keepdim=True) - 1)
-        return [rollouts[i * n : (i + 1) * n] for i in range(len(problems))]
+        u = uniform(seeds, n, max_tokens, self.policy.device)
+
+        def choose(logits: list[torch.Tensor], row: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return sample_token(logits[0] / temperature, top_p, u[row, step])
+
+        return decode([self.policy], problems, n, max_tokens, choose)
 
 
 class VLLMSampler:
@@ -472,7 +521,7 @@ class VLLMSampler:
         ]
 
 
-def wants_vllm(cfg: EvalConfig) -> bool:
+def wants_vllm(cfg: SharedConfig) -> bool:
     return cfg.sampler == "vllm" or (cfg.sampler == "auto" and importlib.util.find_spec("vllm") is not None)
 
 
@@ -480,7 +529,7 @@ def open_sampler(policy: Policy) -> HFSampler | VLLMSampler:
     return VLLMSampler(policy) if wants_vllm(policy.cfg) else HFSampler(policy)
 
 
-def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], purpose: tuple, cfg: EvalConfig, n: int,
+def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], purpose: tuple, cfg: SharedConfig, n: int,
            temperature: float, top_p: float) -> Iterator[list[Rollout]]:  # fmt: skip
     """A group of `n` verified responses to each problem, in their order, on every rank.
 
@@ -605,6 +654,14 @@ def assign_advantages(groups: list[list[Rollout]]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ 6. Δlog p
+def response_hidden(model: Any, input_ids: torch.Tensor,
+                    response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The N response tokens of a batch [B, L] and the hidden states that predict them: [N, H], [N]."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+    target = response_mask[:, 1:].bool()  # position t − 1 predicts token t
+    return hidden[:, :-1][target], input_ids[:, 1:][target]
+
+
 def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Tensor, temperature: float = 1.0,
                    chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """log π(o_t | o_<t) of the response tokens and the entropy of π there, in nats. Differentiable in the first.
@@ -614,9 +671,7 @@ def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Ten
     sees what follows it, so no attention mask is needed. Logits exist for `chunk` tokens at a time, [chunk, V], and
     are computed anew in backward: [B, L, V] never is.
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
-    target = response_mask[:, 1:].bool()  # position t − 1 predicts token t
-    hidden, tokens = hidden[:, :-1][target], input_ids[:, 1:][target]  # [N, H], [N]
+    hidden, tokens = response_hidden(model, input_ids, response_mask)  # [N, H], [N]
     head = model.get_output_embeddings()
 
     def score(h: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -628,7 +683,7 @@ def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Ten
 
     parts = [checkpoint(score, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), tokens.split(chunk))]
     grid = torch.zeros(input_ids.shape, device=input_ids.device)
-    place = torch.nn.functional.pad(target, (1, 0))  # True at the tokens themselves; filled in their order
+    place = torch.nn.functional.pad(response_mask[:, 1:].bool(), (1, 0))  # filled in the order of the tokens
     return tuple(grid.masked_scatter(place, torch.cat(values)) for values in zip(*parts))
 
 
@@ -655,6 +710,16 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     return F.reshape(B, -1)[:, :T]
 
 
+def influence_weight(delta_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, tau: float = 32.0,
+                     weight_range: tuple[float, float] = (1.0, 1.2), safety: float = 10.0,
+                     dual_clip: float = 10.0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """F_t and f_t = clip(exp F_t, lo, hi), the factor of the advantage. [B, T] or [B, 1] each -> [B, T], [B, T]."""
+    ratio = delta_logp.exp()
+    F = future_kl(delta_logp, mask & (ratio <= dual_clip), tau)  # M_t: what has run away tells nothing of the future
+    f = F.exp().clamp(*weight_range)
+    return F, torch.where((advantages < 0) & (ratio > safety), f.clamp(0.8, 1.0), f)
+
+
 # -------------------------------------------------------------------------------------------------------- 8. Loss
 def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
               tau: float = 32.0, weight_range: tuple[float, float] = (1.0, 1.2), safety: float = 10.0,
@@ -676,10 +741,7 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
     ratio = delta.exp()  # r_t
 
     with torch.no_grad():  # the influence weight is a constant to the gradient
-        F = future_kl(delta, mask & (ratio <= dual_clip), tau)  # M_t: what has run away tells nothing of the future
-        influence = F.exp()
-        f = influence.clamp(*weight_range)
-        f = torch.where((A < 0) & (ratio > safety), f.clamp(0.8, 1.0), f)
+        F, f = influence_weight(delta, A, mask, tau, weight_range, safety, dual_clip)
         A_tilde = A * f  # Ã_t
 
     unclipped = -A_tilde * ratio
@@ -695,7 +757,7 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
 
     with torch.no_grad():
         n = mask.sum().clamp(min=1)
-        some = f[mask] if mask.any() else torch.ones(1)
+        some, influence = f[mask] if mask.any() else torch.ones(1), F.exp()
         metrics = {
             "clip_frac": (mask & (clipped > unclipped)).sum() / n,
             "dual_clip_frac": dual_clipped.sum() / n,
@@ -739,6 +801,11 @@ def my_passes(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     return passes[rank()] + [[]] * (max(map(len, passes)) - len(passes[rank()]))
 
 
+def split(values: torch.Tensor, rollouts: list[Rollout]) -> Iterator[torch.Tensor]:
+    """The values of all response tokens in a row [N], cut into one tensor per response, on the CPU."""
+    return iter(values.cpu().split([len(r.response_ids) for r in rollouts]))
+
+
 def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor, ...]:
     """input_ids, response_mask, old_logp [B, L], advantages [B]; prompt + response, padded on the right.
 
@@ -764,7 +831,7 @@ class Policy:
     sharded = False  # has no rank all the weights?
     keeps_master = False  # has the optimiser float32 weights of its own?
 
-    def __init__(self, path: str, cfg: EvalConfig):
+    def __init__(self, path: str, cfg: SharedConfig):
         self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -919,7 +986,7 @@ class DeepSpeedPolicy(Policy):
         self.engine.load_checkpoint(folder / "deepspeed", tag=(universal if self.reshaped else ranks).name)
 
 
-def open_policy(path: str, cfg: EvalConfig) -> Policy:
+def open_policy(path: str, cfg: SharedConfig) -> Policy:
     return DeepSpeedPolicy(path, cfg) if getattr(cfg, "deepspeed", "") else Policy(path, cfg)
 
 
@@ -936,7 +1003,7 @@ def score_old_logp(policy: Policy, minis: list[list[Rollout]]) -> dict[str, floa
         ids, mask, _, _ = collate(part, policy.device)
         logp, H = policy.logprobs(ids, mask)
         entropy += H.sum().item() / tokens
-        for r, row in zip(part, logp[mask].cpu().split([len(r.response_ids) for r in part])):
+        for r, row in zip(part, split(logp[mask], part)):
             r.old_logp = row
             mismatch += (row - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
     entropy, mismatch = (sum(values) for values in zip(*everywhere((entropy, mismatch))))
@@ -968,6 +1035,8 @@ def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: floa
         share = sum(len(r.response_ids) for r in part) / tokens
         del metrics["influence_min"], metrics["influence_max"]
         mine.update({k: v if k.startswith("dropped") else share * v for k, v in metrics.items()})
+        for r, row in zip(part, split(logp.detach()[mask], part)):
+            r.logp = row
         drift = (logp.detach() - old_logp).abs().sum().item() / tokens
         mine.update({"loss": loss.item(), "drift": drift})
     totals: Counter[str] = Counter()
@@ -987,6 +1056,20 @@ def mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> list[li
     order = random.Random(derive_seed(cfg.seed, "mini-batch", step)).sample(groups, len(groups))
     size = cfg.prompts_per_mini_batch
     return [[r for group in order[i : i + size] for r in group] for i in range(0, len(order), size)]
+
+
+def last_update(mini: list[Rollout], cfg: Config) -> list[dict[str, Any]]:
+    """F and f at the step's last update, for the token map: of --log_samples groups the best response or the worst."""
+    rows, size = [], cfg.group_size
+    for i, group in enumerate(mini[k : k + size] for k in range(0, min(len(mini), cfg.log_samples * size), size)):
+        r = (min if i % 2 else max)(group, key=lambda r: r.advantage)
+        if r.logp is not None:  # else it was another rank's
+            delta, A = (r.logp - r.old_logp).clamp(-20.0, 20.0)[None], torch.tensor([[r.advantage]])
+            F, f = influence_weight(delta, A, torch.ones_like(delta).bool(), cfg.tau, tuple(cfg.weight_range),
+                                    cfg.safety, cfg.dual_clip)  # fmt: skip
+            rows.append({"prompt_ids": r.problem.prompt_ids, "response_ids": list(r.response_ids),
+                         "correct": r.correct, "F": F[0].tolist(), "f": f[0].tolist()})  # fmt: skip
+    return [row for rows in everywhere(rows) for row in rows]
 
 
 def update(policy: Policy, minis: list[list[Rollout]], cfg: Config, step: int) -> dict[str, float]:
@@ -1083,6 +1166,7 @@ def train_step(policy: Policy, sampler: Any, problems: list[Problem], cfg: Confi
     seen["tokens_per_second"] = seen.pop("tokens") / (clock[-1] - clock[0])
     reward = {"step": step, "reward/mean": sum(r.reward for r in rollouts) / len(rollouts)}
     state.step, state.cursor, state.line = step, cursor, reward | seen | scored | updated | spans
+    state.last_update = last_update(minis[-1], cfg)
     state.files = {name: (Path(cfg.out) / name).stat().st_size for name in LOGS if rank() == 0}
     state.whole = True
     meet()
@@ -1199,6 +1283,7 @@ class State:
     files: dict[str, int] = field(default_factory=dict)  # sizes of the logs, in bytes, without `line`
     whole: bool = True  # False while an update is under way
     ranks: int = 1  # that wrote the checkpoint
+    last_update: list[dict[str, Any]] = field(default_factory=list)  # for the token map
 
 
 def save_checkpoint(policy: Policy, state: State) -> None:
@@ -1421,6 +1506,332 @@ def watch(store: Any, over: threading.Event) -> None:
             give_up(f"nothing heard of {', '.join(silent)} for 20 s")
 
 
+# ----------------------------------------------------------------------------------- 11. Which tokens did RL change?
+# Δlog p = log π_RL − log π_base of a token, signed, against measures without a sign (arXiv 2603.22117); all in nats,
+# at temperature 1, over the whole vocabulary. This Δ spans all of training, that of section 6 the updates of a batch.
+MEASURES = {"delta_logp": "Δlog p", "kl": "KL(π_RL ‖ π_base)", "js": "JS divergence",
+            "entropy_base": "entropy of π_base", "entropy_trained": "entropy of π_RL"}  # fmt: skip
+CRITERIA = {"delta_logp": "Δlog p", "kl": "KL", "entropy": "entropy of the writer", "random": "random",
+            "extrapolated": "Δlog p, extrapolated"}  # fmt: skip
+FRACTIONS = (0.01, 0.02, 0.03, 0.06, 0.1, 0.2, 0.3)  # of the writer's own tokens on which a criterion is set to fire
+
+
+def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) of log-probs, [N, V] -> [N]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def compare(base: torch.Tensor, trained: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The MEASURES of N tokens from both models' log-probs at their positions: [N, V], [N, V], [N] -> [N] each."""
+    middle = torch.logaddexp(base, trained) - math.log(2)
+    return {
+        "delta_logp": (trained - base).gather(1, tokens[:, None])[:, 0],
+        "kl": kl_divergence(trained, base),
+        "js": (kl_divergence(base, middle) + kl_divergence(trained, middle)) / 2,
+        "entropy_base": -(base.exp() * base).sum(-1),
+        "entropy_trained": -(trained.exp() * trained).sum(-1),
+    }
+
+
+def last_hidden(path: str, rollouts: list[Rollout], cfg: TokensConfig) -> tuple[torch.Tensor, Any]:
+    """What a model hands to its head at every response token, [N, H] on the CPU; and the head."""
+    policy, hidden = Policy(path, cfg), []
+    for part in progress(micro_batches(rollouts, cfg.tokens_per_micro_batch), desc="score"):
+        ids, mask, *_ = collate(part, policy.device)
+        with policy.autocast():
+            hidden.append(response_hidden(policy.model, ids, mask)[0].cpu())
+    return torch.cat(hidden), policy.model.get_output_embeddings()
+
+
+@torch.no_grad()
+def measure(rollouts: list[Rollout], cfg: TokensConfig, chunk: int = 1024) -> None:
+    """Fill `measures`. In memory: one model after the other, then both heads and the logits of `chunk` tokens."""
+    rollouts = sorted(rollouts, key=len, reverse=True)  # the order in which micro_batches takes them
+    hidden, heads = zip(*(last_hidden(path, rollouts, cfg) for path in (cfg.base, cfg.trained)))
+    tokens = torch.tensor([token for r in rollouts for token in r.response_ids])
+    device, parts = heads[0].weight.device, []
+    for *both, token in progress(list(zip(*(x.split(chunk) for x in (*hidden, tokens)))), desc="compare"):
+        base, trained = (head(h.to(device)).float().log_softmax(-1) for head, h in zip(heads, both))
+        parts.append(compare(base, trained, token.to(device)))
+    for name in MEASURES:
+        for r, values in zip(rollouts, split(torch.cat([part[name] for part in parts]), rollouts)):
+            r.measures[name] = values
+
+
+def values_of(rollouts: list[Rollout], name: str) -> torch.Tensor:
+    return torch.cat([r.measures[name] for r in rollouts])
+
+
+def in_context(r: Rollout, i: int, tokenizer: Any) -> dict[str, Any]:
+    """A response's token number i, its Δlog p and its neighbours."""
+    ids, at = [*r.problem.prompt_ids, *r.response_ids], len(r.problem.prompt_ids) + i
+    parts = {"before": ids[max(at - 24, 0) : at], "token": ids[at : at + 1], "after": ids[at + 1 : at + 9]}
+    return {"delta_logp": r.measures["delta_logp"][i].item()} | {k: tokenizer.decode(v) for k, v in parts.items()}
+
+
+def summarize(rollouts: list[Rollout], tokenizer: Any) -> dict[str, Any]:
+    """What is counted of one model's responses; with them, the twenty tokens of smallest and of largest Δlog p."""
+    every = sorted((value, place, i) for place, r in enumerate(rollouts)
+                   for i, value in enumerate(r.measures["delta_logp"].tolist()))  # fmt: skip
+    extremes = {"smallest": every[:20], "largest": every[:-21:-1]}
+    return {
+        "accuracy": group_accuracy(rollouts),
+        "response_length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
+        "share_below": {name: {str(x): (values_of(rollouts, name).abs() < x).float().mean().item()
+                               for x in (0.01, 0.1, 1)} for name in MEASURES},
+        "tokens": {end: [in_context(rollouts[place], i, tokenizer) for _, place, i in found]
+                   for end, found in extremes.items()},
+    }  # fmt: skip
+
+
+def replacement_score(criterion: str, measures: dict[str, torch.Tensor], writer: str, u: torch.Tensor) -> torch.Tensor:
+    """How much a criterion wants the writer's token replaced; it fires from its threshold up. [R] each -> [R]."""
+    match criterion:
+        case "kl":
+            return measures["kl"]
+        case "entropy":
+            return measures[f"entropy_{writer}"]
+        case "random":
+            return u
+    return measures["delta_logp"] * (-1 if writer == "base" else 1)  # by how much the other model likes it less
+
+
+class ReplacingSampler:
+    """Writes with one policy of a pair; where a criterion fires on the shared prefix, draws that token from the other.
+
+    Each of the two draws by random numbers of its own: a threshold that never fires leaves the response that the writer
+    alone gives to these seeds, and one that always fires leaves the other's.
+    """
+
+    ranks = 1
+
+    def __init__(self, pair: dict[str, Policy], writer: Literal["base", "trained"], criterion: str, threshold: float,
+                 extrapolate: float = 0.0):  # fmt: skip
+        self.pair, self.policy, self.writer = list(pair.values()), pair[writer], writer
+        self.criterion, self.threshold = criterion, threshold
+        self.extrapolate = extrapolate if criterion == "extrapolated" else 0.0
+        self.replaced: Counter[int] = Counter()  # tokens replaced, by the response's place in its group
+
+    def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
+                 top_p: float) -> list[list[Rollout]]:  # fmt: skip
+        u_own, u_other, u_random = (
+            uniform([derive_seed(s, use) if use else s for s in seeds], n, max_tokens, self.policy.device)
+            for use in ("", "other", "random")
+        )
+
+        def choose(logits: list[torch.Tensor], row: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            base, trained = ((x / temperature).log_softmax(-1) for x in logits)
+            own, other = (base, trained) if self.writer == "base" else (trained, base)
+            token, logp = sample_token(own, top_p, u_own[row, step])
+            measures = compare(base, trained, token)
+            fires = replacement_score(self.criterion, measures, self.writer, u_random[row, step]) >= self.threshold
+            new, new_logp = sample_token(other + self.extrapolate * (other - own), top_p, u_other[row, step])
+            self.replaced.update((row[fires] % n).tolist())
+            return torch.where(fires, new, token), torch.where(fires, new_logp, logp)
+
+        return decode(self.pair, problems, n, max_tokens, choose)
+
+
+def replace_tokens(problems: list[Problem], written: dict[str, list[Rollout]],
+                   cfg: TokensConfig) -> list[dict[str, Any]]:  # fmt: skip
+    """Token replacement, the test that decides: a row for each writer, criterion and threshold, a value per seed."""
+    pair, rows = {"base": Policy(cfg.base, cfg), "trained": Policy(cfg.trained, cfg)}, []
+    rules = itertools.product(written, CRITERIA, FRACTIONS)
+    rules = [rule for rule in rules if rule[:2] != ("trained", "extrapolated")]
+    for writer, criterion, fraction in progress(rules, desc="replace", leave=True):
+        measures = {name: values_of(written[writer], name) for name in MEASURES}
+        u = torch.linspace(0, 1, len(measures["kl"]))  # as uniform as random numbers
+        scores = replacement_score(criterion, measures, writer, u).sort().values
+        threshold = scores[int((1 - fraction) * len(scores))].item()
+        sampler = ReplacingSampler(pair, writer, criterion, threshold, cfg.extrapolate)
+        by_seed = list(zip(*sample(sampler, problems, (cfg.seed, "tokens", writer), cfg, cfg.seeds, 1.0, 1.0)))
+        tokens = [sum(len(r.response_ids) for r in seed) for seed in by_seed]
+        rows.append({"writer": writer, "criterion": criterion, "threshold": threshold,
+                     "fraction": [sampler.replaced[j] / tokens[j] for j in range(cfg.seeds)],
+                     "accuracy": [group_accuracy(seed) for seed in by_seed]})  # fmt: skip
+    return rows
+
+
+def curve(rows: list[dict[str, Any]], writer: str, criterion: str, start: float) -> list[tuple[float, float, float]]:
+    """Fraction replaced, accuracy and its standard deviation over seeds, from no replacement on."""
+    mine = [row for row in rows if (row["writer"], row["criterion"]) == (writer, criterion)]
+    return [(0.0, start, 0.0)] + [(mean(r["fraction"]), mean(r["accuracy"]), pstdev(r["accuracy"])) for r in mine]
+
+
+def fraction_needed(points: list[tuple[float, float, float]], end: float, share: float = 0.95) -> float | None:
+    """Fraction replaced where a curve first has `share` of the way from its start to `end`, interpolated; or None."""
+    way = [(y - points[0][1]) / ((end - points[0][1]) or math.nan) for _, y, _ in points]
+    for (x0, *_), (x1, *_), way0, way1 in zip(points, points[1:], way, way[1:]):
+        if way1 >= share:
+            return x0 + (x1 - x0) * (share - way0) / (way1 - way0)
+    return None
+
+
+def draw_histograms(written: dict[str, list[Rollout]], path: Path) -> None:
+    """The MEASURES over all tokens that the base and the trained model wrote; the y-axis is logarithmic."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for axes, (name, title) in zip(panels.flat, MEASURES.items()):
+        values = [values_of(rollouts, name).numpy() for rollouts in written.values()]
+        axes.hist(values, bins=60, histtype="step", log=True, label=[f"written by the {who} model" for who in written])
+        axes.set(title=title, xlabel="nats", ylabel="tokens")
+    panels[1, 2].axis("off")
+    panels[1, 2].legend(*axes.get_legend_handles_labels(), loc="center")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_replacement(rows: list[dict[str, Any]], accuracy: dict[str, float], path: Path) -> None:
+    """Accuracy against the fraction of tokens replaced: a line for each criterion; bars are one standard deviation."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    for axes, writer, other in zip(panels, accuracy, reversed(accuracy)):
+        for i, (criterion, name) in enumerate(CRITERIA.items()):
+            x, y, spread = zip(*curve(rows, writer, criterion, accuracy[writer]))
+            if len(x) > 1:
+                axes.errorbar(x, y, spread, label=name, color=f"C{i}", marker="os^Dx"[i], ms=4, capsize=2)
+        for who, level in accuracy.items():
+            axes.axhline(level, color="0.5", ls="--", lw=1)
+            axes.annotate(f"{who} alone", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.set(title=f"the {writer} model writes, tokens come from the {other} model", xlabel="fraction replaced")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CRITERIA))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+VIEWS = {"delta_logp": ("Δlog p", 0.0), "F": ("F", 0.0), "f": ("f", 1.0)}  # of the token map: name, neutral value
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Token map</title><style>
+body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+p {{ font-family: monospace; white-space: pre-wrap; margin-top: 0 }}
+h3 {{ margin-bottom: 0 }} input {{ margin-left: 2em }}
+i {{ font-style: normal; border-bottom: 3px none #000; padding: .1em 0 }}
+.legend {{ display: none }} .legend b {{ font-weight: normal; padding: .2em 1em }}
+* {{ print-color-adjust: exact; -webkit-print-color-adjust: exact }}
+{rules}</style><h2>Which tokens did RL change?</h2><div>Δlog p = log π_RL − log π_base. {note} Underlined: above the
+neutral value; dotted: below. Point at a token for its values.</div>
+<div>Colour by {switches}{body}</div></html>"""
+
+
+def shade(x: float) -> str:
+    """A colour for x from −1 to 1 that every kind of colour-blindness tells apart: blue, white at 0, orange."""
+    full = (230, 97, 1) if x > 0 else (44, 123, 182)
+    return "#" + "".join(f"{round(255 + (c - 255) * abs(x) ** 0.5):02x}" for c in full)  # √: small values show too
+
+
+def shares(rows: list[dict[str, Any]], view: str) -> tuple[list[list[float]], float]:
+    """Each token's distance from a view's neutral value, as a share of the largest distance; and that."""
+    apart = [[value - VIEWS[view][1] for value in row.get(view, [])] for row in rows]
+    largest = max((abs(x) for row in apart for x in row), default=0.0) or 1.0
+    return [[x / largest for x in row] for row in apart], largest
+
+
+def token_map(rows: list[dict[str, Any]], note: str) -> str:
+    """Responses (caption, prompt, tokens, VIEWS) as one HTML page that needs no script: CSS switches the view."""
+    rules, switches, body, styles = "", "", "", [[""] * len(row["tokens"]) for row in rows]
+    for view, (name, neutral) in VIEWS.items():
+        places, largest = shares(rows, view)
+        for style, place in zip(styles, places):
+            for i, x in enumerate(place):
+                line = "none" if abs(x) < 0.01 else "solid" if x > 0 else "dotted"  # for prints in grey
+                style[i] += f"--{view}:{shade(x)};--{view}-line:{line};"
+        rules += (f"#{view}:checked ~ * i {{ background: var(--{view}); border-bottom-style: var(--{view}-line) }}\n"
+                  f"#{view}:checked ~ .{view} {{ display: block }}\n")  # fmt: skip
+        switches += f'<input type="radio" name="view" id="{view}"{"" if switches else " checked"}>'
+        switches += f'<label for="{view}">{name}</label>'
+        boxes = [f'<b style="background:{shade(x)}">{neutral + x * largest:.3g}</b>' for x in (-1, -0.3, 0, 0.3, 1)]
+        body += f'<div class="legend {view}">{name}: {"".join(boxes)}</div>'
+    for row, style in zip(rows, styles):
+        body += f"<section><h3>{html.escape(row['caption'])}</h3><p>{html.escape(row['prompt'])}"
+        for i, token in enumerate(row["tokens"]):
+            values = ", ".join(f"{VIEWS[view][0]} {row[view][i]:.6g}" for view in VIEWS if view in row)
+            shown = html.escape(token.replace("\n", "⏎\n"))
+            body += f'<i style="{style[i]}" title="{html.escape(repr(token))}: {values}">{shown}</i>'
+        body += "</p></section>\n"
+    return PAGE.format(rules=rules, note=html.escape(note), switches=switches, body=body)
+
+
+def last_update_of(checkpoint: str) -> list[Rollout]:
+    """The responses that a checkpoint keeps of its last update, with F and f; of other model folders, none."""
+    state, kept = Path(checkpoint) / "state.json", []
+    for row in read_json(str(state)).get("last_update", []) if state.exists() else []:
+        r = Rollout(Problem("", "", row["prompt_ids"]), array("i", row["response_ids"]), correct=row["correct"])
+        r.measures = {name: torch.tensor(row[name]) for name in ("F", "f")}
+        kept.append(r)
+    return kept
+
+
+def weigh_by_pair(rollouts: list[Rollout]) -> None:
+    """Fill F and f as if the whole training had been one update: π_old the base, π_θ the trained model, A = ±1."""
+    for r in rollouts:
+        delta, A = r.measures["delta_logp"].clamp(-20.0, 20.0)[None], torch.tensor([[1.0 if r.correct else -1.0]])
+        F, f = influence_weight(delta, A, torch.ones_like(delta).bool())
+        r.measures |= {"F": F[0], "f": f[0]}
+
+
+def map_rows(written: dict[str, list[Rollout]], updated: list[Rollout], tokenizer: Any) -> list[dict[str, Any]]:
+    """What token_map shows: three responses of each model, or of the base and of the last update."""
+    shown = {f"written by the {who} model": rollouts[:3] for who, rollouts in written.items()}
+    if updated:
+        shown = {"written by the base model": written["base"][:3], "trained on in the last update": updated}
+    return [{"caption": f"{title}, {'right' if r.correct else 'wrong'}",
+             "prompt": tokenizer.decode(r.problem.prompt_ids),
+             "tokens": [tokenizer.decode([token]) for token in r.response_ids]}
+            | {view: r.measures[view].tolist() for view in VIEWS if view in r.measures}
+            for title, rollouts in shown.items() for r in rollouts]  # fmt: skip
+
+
+def write_both(cfg: TokensConfig) -> tuple[dict[str, list[Rollout]], list[Problem], Any]:
+    """`seeds` responses to each problem by each model alone, in the order of seeds; the problems; the tokenizer."""
+    written, vocabularies = {}, []
+    for who, path in (("base", cfg.base), ("trained", cfg.trained)):
+        policy = Policy(path, cfg)
+        vocabularies.append((policy.tokenizer.get_vocab(), policy.model.get_output_embeddings().weight.shape[0]))
+        require(vocabularies[0] == vocabularies[-1], f"{cfg.base} and {cfg.trained} have different tokenizers: Δlog p "
+                "compares the same tokens, so give a model and what it was trained into.")  # fmt: skip
+        problems = encode_problems(cfg.data, policy, cfg)[: cfg.problems]
+        groups = sample(HFSampler(policy), problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)
+        written[who] = [r for seed in zip(*groups) for r in seed]
+    return written, problems, policy.tokenizer
+
+
+def run_tokens(cfg: TokensConfig) -> None:
+    """Which tokens did RL change? Measures of both models' responses, token replacement, a token map; under --out."""
+    check(cfg)
+    require(cfg.out, "--out is missing: give the folder for numbers and pictures.")
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "fipo.py tokens is one process: start it without a launcher.")
+    out = make_folder(Path(cfg.out))
+    written, problems, tokenizer = write_both(cfg)
+    updated = last_update_of(cfg.trained)
+    measure([*written["base"], *written["trained"], *updated], cfg)
+    draw_histograms(written, out / "histograms.png")
+    found: dict[str, Any] = {"settings": dataclasses.asdict(cfg)}
+    for who, rollouts in written.items():
+        found[who] = summarize(rollouts, tokenizer)
+        below = ", ".join(f"{share:.1%} below {x}" for x, share in found[who]["share_below"]["delta_logp"].items())
+        say(f"written by the {who} model: accuracy {found[who]['accuracy']:.1%}, mean length "
+            f"{found[who]['response_length']:.1f}, |Δlog p| of tokens: {below}")  # fmt: skip
+    note = "F and f are those of the last update in training."
+    if not updated:
+        weigh_by_pair(written["base"] + written["trained"])
+        note = "No update is kept beside the trained weights: F and f are as if all of training had been one update."
+    found["token_map"] = map_rows(written, updated, tokenizer)
+    (out / "token_map.html").write_text(token_map(found["token_map"], note))
+    if cfg.replacement:
+        found["replacement"] = rows = replace_tokens(problems, written, cfg)
+        accuracy = {who: found[who]["accuracy"] for who in written}
+        draw_replacement(rows, accuracy, out / "replacement.png")
+        needed = {c: fraction_needed(curve(rows, "base", c, accuracy["base"]), accuracy["trained"]) for c in CRITERIA}
+        found["fraction_needed"] = needed
+        say("tokens to replace in the base model's responses for 95 % of the way to the trained model's accuracy: "
+            + ", ".join(f"{CRITERIA[c]} {f'{x:.1%}' if x else 'not reached'}" for c, x in needed.items()))  # fmt: skip
+    (out / "metrics.json").write_text(json.dumps(found, indent=1))
+    say(f"numbers, token map and pictures: {out}")
+
+
 # ------------------------------------------------------------------------------------------------ The command line
 def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
@@ -1462,7 +1873,11 @@ def one_clear_sentence() -> Iterator[None]:
                  "or set --gradient_checkpointing.")  # fmt: skip
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {"train": (Config, train), "eval": (EvalConfig, run_eval)}
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "train": (Config, train),
+    "eval": (EvalConfig, run_eval),
+    "tokens": (TokensConfig, run_tokens),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -1474,7 +1889,7 @@ def main(argv: list[str]) -> None:
     if "transformers" not in sys.modules:
         sys.exit("fipo: transformers or tqdm is not installed: pip install -r requirements.txt")
     if not argv or argv[0] not in COMMANDS:
-        sys.exit(f"fipo: the first word must be {' or '.join(COMMANDS)}, as in `python fipo.py train --help`.")
+        sys.exit(f"fipo: the first word must be one of {', '.join(COMMANDS)}, as in `python fipo.py train --help`.")
     config, command = COMMANDS[argv[0]]
     usage = f"python fipo.py {argv[0]} [--help] [--SETTING VALUE …]"
     parser = HfArgumentParser(config, usage=usage, description=command.__doc__, allow_abbrev=False)

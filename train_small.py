@@ -16,6 +16,7 @@ given here too. All of a run lies under --out.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -237,6 +238,46 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def study_tokens(cfg: fipo.Config, seeds: int, embedded: bool) -> None:
+    """The closing act: which tokens did this run change? Token replacement only if both models are tiny."""
+    say("\nwhich tokens did RL change?")
+    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(fipo.SharedConfig)}
+    out, trained = Path(cfg.out) / "tokens", fipo.newest_checkpoint(Path(cfg.out))
+    less = {} if embedded else dict(problems=32, replacement=False)
+    how = shared | dict(base=cfg.model, trained=str(trained), data=cfg.eval_data or cfg.data, out=str(out), seeds=seeds)
+    fipo.run_tokens(fipo.TokensConfig(**how | less))
+    rows = json.loads((out / "metrics.json").read_text())["token_map"]
+    draw_token_map(rows[-1], out / "token_map.png")
+
+
+def draw_token_map(row: dict[str, Any], path: Path, columns: int = 60, most: int = 10) -> None:
+    """One response of the token map as a picture, coloured by each view; at most `most` lines of it."""
+    spots, x, y = [], 0, 0  # text, column, line
+    for token in row["tokens"]:
+        text = token.replace("\n", "⏎")
+        if x + len(text) > columns:
+            x, y = 0, y + 1
+        spots.append((text, x, y))
+        x, y = (0, y + 1) if text.endswith("⏎") else (x + len(text), y)
+    lines, columns = min(1 + spots[-1][2], most), max(x + len(text) for text, x, _ in spots)
+    views = [view for view in fipo.VIEWS if view in row]
+    figure, panels = plt.subplots(len(views), 1, squeeze=False, layout="constrained",
+                                  figsize=(max(0.16 * columns, 6), (0.32 * lines + 0.4) * len(views)))  # fmt: skip
+    figure.suptitle(f"{row['prompt'].strip()[-60:]}   {row['caption']}", fontsize="medium")
+    for axes, view in zip(panels[:, 0], views):
+        (places,), largest = fipo.shares([row], view)
+        name, neutral = fipo.VIEWS[view]
+        for (text, x, y), place in zip(spots, places):
+            axes.add_patch(plt.Rectangle((x, y), len(text), 0.9, fc=fipo.shade(place), ec="0.85", lw=0.5))
+            axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center")
+        axes.set_title(f"{name}: blue {neutral - largest:.3g}, white {neutral:g}, orange {neutral + largest:.3g}",
+                       loc="left", fontsize="small")  # fmt: skip
+        axes.set(xlim=(0, columns), ylim=(lines, 0))
+        axes.axis("off")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def hub_has(model: str) -> bool:
     try:
         AutoConfig.from_pretrained(model)
@@ -249,6 +290,7 @@ def parser() -> HfArgumentParser:
     usage = "python train_small.py [--help] [--SETTING VALUE …]"
     parser = HfArgumentParser(fipo.Config, usage=usage, description=__doc__, allow_abbrev=False)
     parser.add_argument("--pretrain_steps", type=int, default=1000, help="embedded run: steps of making the base model")
+    parser.add_argument("--study_seeds", type=int, default=3, help="seeds of the token study at the end; 0: none")
     return parser
 
 
@@ -259,28 +301,31 @@ def configure(argv: list[str], defaults: dict[str, Any]) -> fipo.Config:
         defaults = {name: value for name, value in defaults.items() if name != "overlong_buffer"}
     with_defaults.set_defaults(**defaults)
     given = vars(with_defaults.parse_args(argv))
-    del given["pretrain_steps"]
+    del given["pretrain_steps"], given["study_seeds"]
     return fipo.Config(**given)
 
 
 def run(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     out = Path(given.out or f"runs/{given.algorithm}-{given.seed}")
-    gpu = torch.cuda.is_available()
+    gpu, embedded = torch.cuda.is_available(), False
     if given.model or (gpu and hub_has(QWEN["model"])):
         defaults = QWEN | ({"model": given.model} if given.model else {})
         say(f"{defaults['model']} on GSM8K, on {'a GPU' if gpu else 'the CPU, which will be slow'}")
     else:
         say(f"embedded run: a tiny Qwen2 on sums of digits ({'the hub cannot be reached' if gpu else 'no GPU here'})")
-        defaults = embedded_run(out, given.pretrain_steps)
+        defaults, embedded = embedded_run(out, given.pretrain_steps), True
+    cfg = configure(argv, defaults | {"out": str(out)})
     try:
-        fipo.train(configure(argv, defaults | {"out": str(out)}))
+        fipo.train(cfg)
     except fipo.NoSignal as end:
         trained = [line for line in read_jsonl(out / "metrics.jsonl") if "accuracy" in line]
         if not trained or trained[-1]["accuracy"] < 0.9:
             raise
         say(f"nothing left to learn: {end}")
     report(out)
+    if given.study_seeds and fipo.rank() == 0:
+        study_tokens(cfg, given.study_seeds, embedded)
 
 
 def main(argv: list[str]) -> None:

@@ -57,7 +57,7 @@ def test_cold_sampling_is_greedy_decoding(policy, problems):
 
 
 def test_a_response_ends_with_its_first_eos_or_at_the_limit(policy, problems):
-    (eos,) = HFSampler(policy).eos.tolist()
+    (eos,) = policy.eos
     rollouts = [r for g in generate(policy, problems, n=16) for r in g]
     ended = [r for r in rollouts if eos in r.response_ids]
     assert 0 < len(ended) < len(rollouts), "both kinds must occur for this test to say anything"

@@ -1,0 +1,311 @@
+"""Which tokens did RL change: the measures, token replacement, the token map."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from array import array
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from conftest import flags
+
+import fipo
+import train_small
+from fipo import ReplacingSampler, Rollout, TokensConfig, derive_seed
+
+
+@pytest.fixture(scope="module")
+def trained(base, sums, tmp_path_factory) -> str:
+    """The base after two batches of rollouts at a high learning rate: near it, and yet another policy."""
+    out = tmp_path_factory.mktemp("trained")
+    cfg = fipo.Config(model=base, data=sums, out=str(out / "run"), steps=2, group_size=8, prompts_per_batch=4,
+                      prompts_per_mini_batch=2, max_prompt=16, max_response=32, overlong_buffer=8, lr=1e-3,
+                      warmup_steps=0)  # fmt: skip
+    fipo.train(cfg)
+    return str(out / "run" / "checkpoints" / "step_000002")
+
+
+@pytest.fixture(scope="module")
+def cfg(base, trained, sums) -> TokensConfig:
+    return TokensConfig(data=sums, max_prompt=16, max_response=24, base=base, trained=trained, problems=6, seeds=2)
+
+
+@pytest.fixture(scope="module")
+def pair(cfg):
+    return {"base": fipo.Policy(cfg.base, cfg), "trained": fipo.Policy(cfg.trained, cfg)}
+
+
+@pytest.fixture(scope="module")
+def problems(cfg, pair):
+    return fipo.encode_problems(cfg.data, pair["base"], cfg)[: cfg.problems]
+
+
+SEEDS = list(range(6))
+
+
+def alone(policy, problems, seeds=SEEDS):
+    return fipo.HFSampler(policy).generate(problems, seeds, 2, 24, 1.0, 1.0)
+
+
+def replaced(pair, problems, writer, criterion, threshold, extrapolate=0.0):
+    sampler = ReplacingSampler(pair, writer, criterion, threshold, extrapolate)
+    return sampler, sampler.generate(problems, SEEDS, 2, 24, 1.0, 1.0)
+
+
+def ids(groups):
+    return [list(r.response_ids) for group in groups for r in group]
+
+
+# -------------------------------------------------------------------------------------------------------- measures
+
+
+def test_the_measures_are_their_formulas():
+    """Each against a sum over the vocabulary, term by term, in double precision."""
+    torch.manual_seed(0)
+    base, trained = (3 * torch.randn(5, 7), 3 * torch.randn(5, 7))
+    tokens = torch.tensor([0, 6, 3, 3, 1])
+    found = fipo.compare(base.log_softmax(-1), trained.log_softmax(-1), tokens)
+    for n in range(5):
+        q, p = (x[n].double().softmax(-1).tolist() for x in (base, trained))
+        m = [(a + b) / 2 for a, b in zip(p, q)]
+        kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))  # noqa: E731
+        expected = {
+            "delta_logp": math.log(p[tokens[n]] / q[tokens[n]]),
+            "kl": kl(p, q),
+            "js": (kl(p, m) + kl(q, m)) / 2,
+            "entropy_base": -sum(a * math.log(a) for a in q),
+            "entropy_trained": -sum(a * math.log(a) for a in p),
+        }
+        assert {name: values[n].item() for name, values in found.items()} == pytest.approx(expected, abs=1e-5)
+    assert set(found) == set(fipo.MEASURES)
+
+
+def test_equal_policies_do_not_differ():
+    logp = torch.randn(4, 9).log_softmax(-1)
+    found = fipo.compare(logp, logp, torch.zeros(4).long())
+    assert all(found[name].abs().max() < 1e-6 for name in ("delta_logp", "kl", "js"))
+
+
+def test_two_models_are_measured_at_each_token_of_each_response(cfg, pair, problems):
+    """However the responses are cut into passes and the logits into chunks: as from the models' full logits."""
+    rollouts = [r for who in pair for group in alone(pair[who], problems) for r in group]
+    for tokens_per_micro_batch, chunk in ((32768, 1024), (64, 5)):
+        fipo.measure(rollouts, dataclasses.replace(cfg, tokens_per_micro_batch=tokens_per_micro_batch), chunk)
+        for r in rollouts:
+            row = torch.tensor([[*r.problem.prompt_ids, *r.response_ids]])
+            start = len(r.problem.prompt_ids)
+            with torch.no_grad():
+                logp = [pair[who].model(row).logits[0, start - 1 : -1].log_softmax(-1) for who in pair]
+            for name, direct in fipo.compare(*logp, row[0, start:]).items():
+                torch.testing.assert_close(r.measures[name], direct, atol=2e-5, rtol=1e-4)
+    assert fipo.values_of(rollouts, "delta_logp").abs().max() > 0.1, "the models must differ for this to say anything"
+
+
+def test_the_extreme_tokens_are_shown_in_their_context(cfg, pair, problems):
+    rollouts = [r for group in alone(pair["base"], problems) for r in group]
+    fipo.measure(rollouts, cfg)
+    found = fipo.summarize(rollouts, pair["base"].tokenizer)
+    every = fipo.values_of(rollouts, "delta_logp").sort().values
+    assert [t["delta_logp"] for t in found["tokens"]["smallest"]] == every[:20].tolist()
+    assert [t["delta_logp"] for t in found["tokens"]["largest"]] == every.flip(0)[:20].tolist()
+    texts = [pair["base"].tokenizer.decode([*r.problem.prompt_ids, *r.response_ids]) for r in rollouts]
+    for token in found["tokens"]["smallest"] + found["tokens"]["largest"]:
+        assert any(token["before"] + token["token"] + token["after"] in text for text in texts)
+    below = found["share_below"]["delta_logp"]
+    assert below["0.1"] == pytest.approx((every.abs() < 0.1).float().mean().item())
+    assert 0 < below["0.01"] <= below["0.1"] <= below["1"] <= 1
+
+
+# ----------------------------------------------------------------------------------------------- token replacement
+
+
+@pytest.mark.parametrize("criterion", fipo.CRITERIA)
+@pytest.mark.parametrize("writer, other", [("base", "trained"), ("trained", "base")])
+def test_never_is_the_writer_and_always_is_the_other_model(pair, problems, writer, other, criterion):
+    sampler, never = replaced(pair, problems, writer, criterion, math.inf)
+    assert ids(never) == ids(alone(pair[writer], problems)) and not sampler.replaced.total()
+    sampler, always = replaced(pair, problems, writer, criterion, -math.inf)
+    assert ids(always) == ids(alone(pair[other], problems, [derive_seed(seed, "other") for seed in SEEDS]))
+    assert sampler.replaced.total() == sum(map(len, ids(always)))
+    assert ids(never) != ids(always)
+
+
+def test_replaced_tokens_are_counted(pair, problems):
+    """The random criterion fires where its own random number is high: count these numbers."""
+    sampler, groups = replaced(pair, problems, "base", "random", 0.7)
+    u = fipo.uniform([derive_seed(seed, "random") for seed in SEEDS], 2, 24, fipo.CPU)
+    for j in (0, 1):
+        counted = sum((u[2 * i + j, : len(g[j].response_ids)] >= 0.7).sum().item() for i, g in enumerate(groups))
+        assert sampler.replaced[j] == counted > 0
+
+
+@pytest.mark.parametrize("writer, sign", [("base", -1), ("trained", 1)])
+def test_a_token_is_replaced_where_the_other_model_likes_it_less(cfg, pair, problems, writer, sign):
+    """Base writes: Δlog p ≤ −threshold; trained writes: Δlog p ≥ threshold. Until it fires, the writer's own text."""
+    own, threshold = [r for group in alone(pair[writer], problems) for r in group], 0.05
+    fipo.measure(own, cfg)
+    _, groups = replaced(pair, problems, writer, "delta_logp", threshold)
+    changed = 0
+    for r, new in zip(own, ids(groups)):
+        fires = (sign * r.measures["delta_logp"] >= threshold).nonzero()[:, 0].tolist()
+        first = fires[0] if fires else len(r.response_ids)
+        assert new[:first] == list(r.response_ids)[:first]
+        changed += new != list(r.response_ids)
+        assert fires or new == list(r.response_ids)
+    assert changed, "some token must be replaced for this to say anything"
+
+
+def test_extrapolation_goes_beyond_the_trained_model(pair, problems):
+    """Drawn from softmax((1 + γ) log π_RL − γ log π_base)."""
+    _, groups = replaced(pair, problems, "base", "extrapolated", -math.inf, extrapolate=0.5)
+    for group in groups:
+        for r in group:
+            row = torch.tensor([r.problem.prompt_ids])
+            with torch.no_grad():
+                base, trained = (pair[who].model(row).logits[0, -1].log_softmax(-1) for who in ("base", "trained"))
+            beyond = (1.5 * trained - 0.5 * base).log_softmax(-1)
+            assert r.sampler_logp[0] == pytest.approx(beyond[r.response_ids[0]].item(), abs=1e-5)
+    assert (beyond - trained).abs().max() > 1e-3
+
+
+def test_the_fraction_that_is_needed():
+    points = [(0.0, 0.2, 0.0), (0.1, 0.6, 0.0), (0.2, 0.96, 0.0), (0.3, 1.0, 0.0)]
+    assert fipo.fraction_needed(points, end=1.0, share=0.5) == pytest.approx(0.1)
+    assert fipo.fraction_needed(points, end=1.0, share=0.95) == pytest.approx(0.2)
+    assert fipo.fraction_needed(points, end=1.0, share=0.725) == pytest.approx(0.15)
+    assert fipo.fraction_needed(points[:2], end=1.0) is None
+    assert fipo.fraction_needed(points, end=0.2) is None, "nowhere to go: both models are as good"
+
+
+# ---------------------------------------------------------------------------------------------------- the token map
+
+
+class Page(HTMLParser):
+    """The tags, styles and texts of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.marks, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "i":
+            self.marks.append(dict(attributes))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_token_map_needs_nothing_but_itself():
+    odd = ['<b>"', "&amp;", "\n", "é", "'"]
+    rows = [{"caption": "a <caption>", "prompt": "p & q", "tokens": odd, "delta_logp": [-2.0, 0, 1, 0.5, 1e-9],
+             "F": [0.1, -0.1, 0, 0, 0], "f": [1.2, 1, 1, 1, 1]},
+            {"caption": "no update", "prompt": "p", "tokens": ["x"], "delta_logp": [4.0]}]  # fmt: skip
+    text = fipo.token_map(rows, "A note.")
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags) and "://" not in text and "url(" not in text
+    assert page.tags.count("input") == 3 and "a <caption>" in page.text and "p & q" in page.text
+    assert "".join(odd).replace("\n", "⏎\n") in page.text
+    first, last = page.marks[0], page.marks[-1]
+    assert "Δlog p -2, F 0.1, f 1.2" in first["title"] and "Δlog p 4" in last["title"] and "F" not in last["title"]
+    assert "--delta_logp-line:dotted" in first["style"] and "--delta_logp-line:solid" in last["style"]
+    assert f"--delta_logp:{fipo.shade(-0.5)}" in first["style"] and f"--f:{fipo.shade(1)}" in first["style"]
+
+
+def test_colours_have_a_sign_and_a_strength():
+    assert fipo.shade(0) == "#ffffff"
+    red, blue = int(fipo.shade(1)[1:3], 16), int(fipo.shade(1)[5:7], 16)
+    assert red > blue and int(fipo.shade(-1)[5:7], 16) > int(fipo.shade(-1)[1:3], 16)
+
+
+def test_a_checkpoint_keeps_F_and_f_of_its_last_update(trained):
+    kept = fipo.last_update_of(trained)
+    assert len(kept) == 2, "a response of each of the two groups in the last mini-batch"
+    assert [r.correct for r in kept] == [True, False], "the best of the first, the worst of the second"
+    for r in kept:
+        F, f = r.measures["F"], r.measures["f"]
+        assert len(F) == len(f) == len(r.response_ids)
+        torch.testing.assert_close(f, F.exp().clamp(1.0, 1.2))
+        assert F.abs().max() > 1e-4, "the second update of a batch: the policy has moved"
+
+
+def test_F_and_f_of_the_last_update_are_those_of_the_loss(small):
+    """From stored log-probs: Δ, the M filter, the discounted sum over what follows, the clipped weight."""
+    cfg = fipo.resolve(dataclasses.replace(small, weight_range=[0.8, 1.2], safety=3.0, tau=4.0, log_samples=1))
+    torch.manual_seed(0)
+    old = -torch.rand(12)
+    delta = torch.randn(12) * 0.3
+    delta[5], delta[8] = 3.0, 1.5  # run away, r = 20 > 10; and beyond the safety threshold, r = 4.5 > 3
+    group = [Rollout(fipo.Problem("", "", [1]), array("i", range(12)), advantage=-1.0, old_logp=old, logp=old + delta),
+             *(Rollout(fipo.Problem("", "", [1]), array("i", [0]), advantage=-2.0) for _ in range(7))]  # fmt: skip
+    (row,) = fipo.last_update(group, cfg)
+    moved = [d if math.exp(d) <= 10 else 0.0 for d in delta.tolist()]
+    F = [sum(2 ** (-(k - t) / 4) * moved[k] for k in range(t, 12)) for t in range(12)]
+    f = [min(max(math.exp(x), 0.8), 1.2) for x in F]
+    f = [min(w, 1.0) if d > math.log(3) else w for w, d in zip(f, delta.tolist())]
+    assert row["F"] == pytest.approx(F, abs=1e-5) and row["f"] == pytest.approx(f, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_writes_numbers_pictures_and_a_map(cfg, tmp_path, capsys):
+    out = tmp_path / "study"
+    fipo.main(["tokens", *flags(dataclasses.replace(cfg, out=str(out), problems=3))])
+    assert {p.name for p in out.iterdir()} == {"metrics.json", "histograms.png", "replacement.png", "token_map.html"}
+    assert all(p.stat().st_size > 5000 for p in out.iterdir())
+    found = json.loads((out / "metrics.json").read_text())
+    assert set(found["base"]["share_below"]) == set(fipo.MEASURES) and len(found["base"]["tokens"]["largest"]) == 20
+    curves = {(row["writer"], row["criterion"]) for row in found["replacement"]}
+    assert len(curves) == 9 and len(found["replacement"]) == 9 * len(fipo.FRACTIONS)
+    assert all(len(row["fraction"]) == len(row["accuracy"]) == 2 for row in found["replacement"])
+    assert "last update" in (out / "token_map.html").read_text()
+    printed = capsys.readouterr().out
+    assert "written by the base model: accuracy" in printed and str(out) in printed
+    train_small.draw_token_map(found["token_map"][-1], tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_any_pair_of_folders_will_do(cfg, trained, tmp_path):
+    """Without a kept update, F and f take the base for π_old, and the map says so."""
+    plain = tmp_path / "plain"
+    shutil.copytree(trained, plain, ignore=shutil.ignore_patterns("state.json"))
+    fipo.main(["tokens", *flags(dataclasses.replace(cfg, trained=str(plain), out=str(tmp_path / "o"), problems=2,
+                                                    replacement=False))])  # fmt: skip
+    assert "No update is kept" in (tmp_path / "o" / "token_map.html").read_text()
+    found = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert all({"delta_logp", "F", "f"} <= set(row) for row in found["token_map"]) and "replacement" not in found
+
+
+def fails(given: list[str], capsys, match: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fipo.main(["tokens", *given])
+    assert re.search(match, str(stop.value.code)), stop.value.code
+
+
+def test_mistakes_are_told_in_a_sentence(cfg, reader, tmp_path, capsys):
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "o"))
+    fails(flags(dataclasses.replace(cfg, trained=reader)), capsys, "different tokenizers")
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    fails(flags(dataclasses.replace(cfg, data=str(empty))), capsys, "is empty")
+    fails(flags(dataclasses.replace(cfg, base="")), capsys, "--base is missing")
+    fails(flags(dataclasses.replace(cfg, trained="")), capsys, "--trained is missing")
+    fails(flags(dataclasses.replace(cfg, out="")), capsys, "--out is missing")
+    fails(flags(dataclasses.replace(cfg, base="no/where")), capsys, "loading a model from 'no/where'")
+    fails(flags(dataclasses.replace(cfg, seeds=0)), capsys, "--seeds is 0")
+
+
+def test_heads_that_differ_are_told(cfg, base, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    model.save_pretrained(other)
+    fails(flags(dataclasses.replace(cfg, trained=str(other), out=str(tmp_path / "o"))), capsys, "different tokenizers")
