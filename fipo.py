@@ -15,7 +15,8 @@ reinforced future count more. The sections below follow the data:
   8. Loss        Ã_t = A·clip(exp F_t, lo, hi), then PPO's clipped objective with Ã_t for A,
                  averaged over all response tokens of the mini-batch                         fipo_loss
   9. Update      several AdamW steps on one batch of rollouts, one per mini-batch            Policy, DeepSpeedPolicy
- 10. The loop and evaluation; then checkpoints, signals, ranks and the command line          train, evaluate
+ 10. The loop and evaluation; then checkpoints, signals and ranks                            train, evaluate
+ 11. Afterwards which tokens did RL change? Δlog p = log π_RL − log π_base tells             measure, replace_tokens
 
 At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO. FIPO acts only because one batch of rollouts
 feeds several updates. DAPO is FIPO with f ≡ 1; GRPO is DAPO with a symmetric clip, no dual clip, a mean per response,
@@ -37,6 +38,8 @@ Where this file simplifies or departs from the paper or the authors' release, on
                        --overlong_buffer 256 --prompts_per_batch 64 --prompts_per_mini_batch 16
   python fipo.py eval  --model DIR --data aime-2024.parquet --eval_samples 32 --verifier math
   deepspeed fipo.py train --deepspeed ds_config.json --sampler vllm …       # many GPUs; `bash train_32b.sh` does it
+  python fipo.py tokens --base Qwen/Qwen2.5-0.5B --trained DIR --data openai/gsm8k:main:test --out runs/tokens \
+                        --max_response 1024
   python train_small.py         # the same loop, set up to show something within minutes on any machine
 """
 
@@ -64,7 +67,7 @@ import warnings
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -77,7 +80,7 @@ from torch.utils.checkpoint import checkpoint
 
 with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where there is only torch
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
     from transformers.utils.logging import disable_progress_bar
 
 
@@ -710,16 +713,6 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     return F.reshape(B, -1)[:, :T]
 
 
-def influence_weight(delta_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, tau: float = 32.0,
-                     weight_range: tuple[float, float] = (1.0, 1.2), safety: float = 10.0,
-                     dual_clip: float = 10.0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """F_t and f_t = clip(exp F_t, lo, hi), the factor of the advantage. [B, T] or [B, 1] each -> [B, T], [B, T]."""
-    ratio = delta_logp.exp()
-    F = future_kl(delta_logp, mask & (ratio <= dual_clip), tau)  # M_t: what has run away tells nothing of the future
-    f = F.exp().clamp(*weight_range)
-    return F, torch.where((advantages < 0) & (ratio > safety), f.clamp(0.8, 1.0), f)
-
-
 # -------------------------------------------------------------------------------------------------------- 8. Loss
 def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
               tau: float = 32.0, weight_range: tuple[float, float] = (1.0, 1.2), safety: float = 10.0,
@@ -741,7 +734,10 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
     ratio = delta.exp()  # r_t
 
     with torch.no_grad():  # the influence weight is a constant to the gradient
-        F, f = influence_weight(delta, A, mask, tau, weight_range, safety, dual_clip)
+        F = future_kl(delta, mask & (ratio <= dual_clip), tau)  # M_t: what has run away tells nothing of the future
+        influence = F.exp()
+        f = influence.clamp(*weight_range)
+        f = torch.where((A < 0) & (ratio > safety), f.clamp(0.8, 1.0), f)
         A_tilde = A * f  # Ã_t
 
     unclipped = -A_tilde * ratio
@@ -757,7 +753,7 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
 
     with torch.no_grad():
         n = mask.sum().clamp(min=1)
-        some, influence = f[mask] if mask.any() else torch.ones(1), F.exp()
+        some = f[mask] if mask.any() else torch.ones(1)
         metrics = {
             "clip_frac": (mask & (clipped > unclipped)).sum() / n,
             "dual_clip_frac": dual_clipped.sum() / n,
@@ -825,6 +821,10 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
     return tuple(x.to(device) for x in (ids, mask, old, torch.tensor([r.advantage for r in rollouts])))
 
 
+def place_of(model: str) -> str:
+    return repr(model) if os.path.isdir(model) else f"{model!r} (no such folder, so sought on the hub)"
+
+
 class Policy:
     """The model being trained and its optimiser: plain torch, one device, float32 weights (bfloat16 loses lr 1e-6)."""
 
@@ -837,7 +837,6 @@ class Policy:
         gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
-        where = "" if os.path.isdir(path) else " (no such folder, so sought on the hub)"
         disable_progress_bar()  # transformers' bars would tear ours apart
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else DeepSpeed says at length what it has found
         self.configure()
@@ -845,7 +844,7 @@ class Policy:
         how = dict(dtype=dtype, attn_implementation="sdpa")
         if not self.training and wants_vllm(cfg):
             how = dict(device_map="meta")  # evaluated by vLLM: its shape will do
-        with explain(f"loading a model from {path!r}{where}"):
+        with explain(f"loading a model from {place_of(path)}"):
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForCausalLM.from_pretrained(path, **how)
         declared = self.model.generation_config.eos_token_id
@@ -1058,17 +1057,27 @@ def mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> list[li
     return [[r for group in order[i : i + size] for r in group] for i in range(0, len(order), size)]
 
 
+def influence_weight(delta: torch.Tensor, advantage: float, *, tau: float = 32.0,
+                     weight_range: Sequence[float] = (1.0, 1.2), safety: float = 10.0,
+                     dual_clip: float = 10.0) -> dict[str, torch.Tensor]:  # fmt: skip
+    """F and f of one response as fipo_loss, which keeps them to itself, has them. delta [T] -> [T] each."""
+    delta = delta.clamp(-20.0, 20.0)
+    ratio = delta.exp()
+    F = future_kl(delta[None], (ratio <= dual_clip)[None], tau)[0]
+    f = F.exp().clamp(*weight_range)
+    return {"F": F, "f": torch.where(ratio > safety, f.clamp(0.8, 1.0), f) if advantage < 0 else f}
+
+
 def last_update(mini: list[Rollout], cfg: Config) -> list[dict[str, Any]]:
     """F and f at the step's last update, for the token map: of --log_samples groups the best response or the worst."""
     rows, size = [], cfg.group_size
     for i, group in enumerate(mini[k : k + size] for k in range(0, min(len(mini), cfg.log_samples * size), size)):
         r = (min if i % 2 else max)(group, key=lambda r: r.advantage)
         if r.logp is not None:  # else it was another rank's
-            delta, A = (r.logp - r.old_logp).clamp(-20.0, 20.0)[None], torch.tensor([[r.advantage]])
-            F, f = influence_weight(delta, A, torch.ones_like(delta).bool(), cfg.tau, tuple(cfg.weight_range),
-                                    cfg.safety, cfg.dual_clip)  # fmt: skip
+            seen = influence_weight(r.logp - r.old_logp, r.advantage, tau=cfg.tau, weight_range=cfg.weight_range,
+                                    safety=cfg.safety, dual_clip=cfg.dual_clip)  # fmt: skip
             rows.append({"prompt_ids": r.problem.prompt_ids, "response_ids": list(r.response_ids),
-                         "correct": r.correct, "F": F[0].tolist(), "f": f[0].tolist()})  # fmt: skip
+                         "correct": r.correct} | {name: values.tolist() for name, values in seen.items()})  # fmt: skip
     return [row for rows in everywhere(rows) for row in rows]
 
 
@@ -1513,7 +1522,7 @@ MEASURES = {"delta_logp": "Δlog p", "kl": "KL(π_RL ‖ π_base)", "js": "JS di
             "entropy_base": "entropy of π_base", "entropy_trained": "entropy of π_RL"}  # fmt: skip
 CRITERIA = {"delta_logp": "Δlog p", "kl": "KL", "entropy": "entropy of the writer", "random": "random",
             "extrapolated": "Δlog p, extrapolated"}  # fmt: skip
-FRACTIONS = (0.01, 0.02, 0.03, 0.06, 0.1, 0.2, 0.3)  # of the writer's own tokens on which a criterion is set to fire
+FRACTIONS = (0.01, 0.02, 0.03, 0.06, 0.12, 0.3)  # of the writer's own tokens on which a criterion is set to fire
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -1767,9 +1776,7 @@ def last_update_of(checkpoint: str) -> list[Rollout]:
 def weigh_by_pair(rollouts: list[Rollout]) -> None:
     """Fill F and f as if the whole training had been one update: π_old the base, π_θ the trained model, A = ±1."""
     for r in rollouts:
-        delta, A = r.measures["delta_logp"].clamp(-20.0, 20.0)[None], torch.tensor([[1.0 if r.correct else -1.0]])
-        F, f = influence_weight(delta, A, torch.ones_like(delta).bool())
-        r.measures |= {"F": F[0], "f": f[0]}
+        r.measures |= influence_weight(r.measures["delta_logp"], 1.0 if r.correct else -1.0)
 
 
 def map_rows(written: dict[str, list[Rollout]], updated: list[Rollout], tokenizer: Any) -> list[dict[str, Any]]:
@@ -1784,18 +1791,22 @@ def map_rows(written: dict[str, list[Rollout]], updated: list[Rollout], tokenize
             for title, rollouts in shown.items() for r in rollouts]  # fmt: skip
 
 
-def write_both(cfg: TokensConfig) -> tuple[dict[str, list[Rollout]], list[Problem], Any]:
-    """`seeds` responses to each problem by each model alone, in the order of seeds; the problems; the tokenizer."""
-    written, vocabularies = {}, []
-    for who, path in (("base", cfg.base), ("trained", cfg.trained)):
-        policy = Policy(path, cfg)
-        vocabularies.append((policy.tokenizer.get_vocab(), policy.model.get_output_embeddings().weight.shape[0]))
-        require(vocabularies[0] == vocabularies[-1], f"{cfg.base} and {cfg.trained} have different tokenizers: Δlog p "
-                "compares the same tokens, so give a model and what it was trained into.")  # fmt: skip
-        problems = encode_problems(cfg.data, policy, cfg)[: cfg.problems]
-        groups = sample(HFSampler(policy), problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)
-        written[who] = [r for seed in zip(*groups) for r in seed]
-    return written, problems, policy.tokenizer
+def require_same_tokens(cfg: TokensConfig) -> None:
+    vocabularies = []
+    for path in (cfg.base, cfg.trained):
+        with explain(f"reading the tokenizer of {place_of(path)}"):
+            size = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+            vocabularies.append((size, AutoTokenizer.from_pretrained(path).get_vocab()))
+    require(vocabularies[0] == vocabularies[1], f"{cfg.base} and {cfg.trained} have different tokenizers: Δlog p "
+            "compares the same tokens, so give a model and what it was trained into.")  # fmt: skip
+
+
+def write_alone(who: str, cfg: TokensConfig) -> tuple[list[Rollout], list[Problem], Any]:
+    """`seeds` responses to each problem by one model, in the order of seeds; the problems; the tokenizer."""
+    policy = Policy(getattr(cfg, who), cfg)
+    problems = encode_problems(cfg.data, policy, cfg)[: cfg.problems]
+    groups = sample(HFSampler(policy), problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)
+    return [r for seed in zip(*groups) for r in seed], problems, policy.tokenizer
 
 
 def run_tokens(cfg: TokensConfig) -> None:
@@ -1804,7 +1815,9 @@ def run_tokens(cfg: TokensConfig) -> None:
     require(cfg.out, "--out is missing: give the folder for numbers and pictures.")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "fipo.py tokens is one process: start it without a launcher.")
     out = make_folder(Path(cfg.out))
-    written, problems, tokenizer = write_both(cfg)
+    require_same_tokens(cfg)
+    written = {"base": write_alone("base", cfg)[0]}
+    written["trained"], problems, tokenizer = write_alone("trained", cfg)
     updated = last_update_of(cfg.trained)
     measure([*written["base"], *written["trained"], *updated], cfg)
     draw_histograms(written, out / "histograms.png")
@@ -1863,14 +1876,14 @@ def one_clear_sentence() -> Iterator[None]:
     except Interrupted:
         sys.exit(0)
     except KeyboardInterrupt:
-        sys.exit("fipo: interrupted before the run began: nothing to save.")
+        sys.exit("fipo: interrupted outside of training: nothing to save.")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is only that
         if isinstance(error, distributed.DistError) or " by peer" in str(error):
             sys.exit("fipo: another rank has ended, so this one does too; --resume goes on from the last checkpoint.")
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         sys.exit("fipo: out of memory: lower --tokens_per_micro_batch (scoring, updates) or --rollout_rows (rollouts), "
-                 "or set --gradient_checkpointing.")  # fmt: skip
+                 "or set --gradient_checkpointing (train), --replacement false (tokens).")  # fmt: skip
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: without it, a missing model is sought for a minute
+
 import psutil
 import pytest
 import torch
@@ -17,7 +19,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 ROOT = Path(__file__).parent.parent
 ZERO_3 = str(ROOT / "ds_config.json")
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import fipo  # noqa: E402
 import train_small  # noqa: E402

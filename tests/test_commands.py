@@ -113,7 +113,7 @@ def test_a_model_folder_without_a_model_is_told(small, tmp_path, capsys):
 def test_unknown_flag_and_unknown_command(small, capsys):
     fails(["train", *flags(small), "--learning_rate", "1"], capsys, "unrecognized arguments: --learning_rate")
     fails(["train", *flags(small), "--ste", "1"], capsys, "unrecognized arguments: --ste")
-    fails(["trian"], capsys, "first word must be train or eval")
+    fails(["trian"], capsys, "first word must be one of train, eval, tokens")
     fails(["eval", "--model", small.model, "--data", small.data, "--eval_k", "99"], capsys, "--eval_k is 99")
 
 
@@ -172,7 +172,7 @@ def small_run(out: Path, cache: Path, *extra: str) -> subprocess.CompletedProces
 
 def test_train_small_as_a_user_runs_it(tmp_path):
     out, cache = tmp_path / "run", tmp_path / "cache"
-    first = small_run(out, cache, "--steps", "2")
+    first = small_run(out, cache, "--steps", "2", "--study_seeds", "0")
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.startswith("embedded run") and "pretraining for 60 steps" in first.stdout
     assert re.search(r"accuracy +[\d.]+% +[\d.]+%", first.stdout) and "mean length" in first.stdout
@@ -182,9 +182,12 @@ def test_train_small_as_a_user_runs_it(tmp_path):
                                                "samples.jsonl"}  # fmt: skip
     refused = small_run(out, cache, "--steps", "3")
     assert refused.returncode == 1 and "holds another run" in refused.stderr
-    more = small_run(out, cache, "--steps", "3", "--resume")
+    more = small_run(out, cache, "--steps", "3", "--resume", "--study_seeds", "1")
     assert more.returncode == 0 and "cached" in more.stdout and "resuming after step 2" in more.stdout
     assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert "which tokens did RL change?" in more.stdout and "tokens to replace" in more.stdout
+    assert {p.name for p in (out / "tokens").iterdir()} == {
+        "metrics.json", "histograms.png", "replacement.png", "token_map.html", "token_map.png"}  # fmt: skip
     shutil.rmtree(out)
 
 

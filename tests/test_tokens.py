@@ -1,10 +1,12 @@
 """Which tokens did RL change: the measures, token replacement, the token map."""
 
 import dataclasses
+import gc
 import json
 import math
 import re
 import shutil
+import weakref
 from array import array
 from html.parser import HTMLParser
 
@@ -250,6 +252,19 @@ def test_F_and_f_of_the_last_update_are_those_of_the_loss(small):
     assert row["F"] == pytest.approx(F, abs=1e-5) and row["f"] == pytest.approx(f, abs=1e-5)
 
 
+def test_the_weights_shown_are_those_the_loss_uses():
+    """influence_weight repeats lines of fipo_loss, which must run when copied alone; here they are held together."""
+    torch.manual_seed(1)
+    for sign in (1.0, -1.0):
+        delta, mask = 2 * torch.randn(1, 300), torch.ones(1, 300).bool()
+        how = dict(tau=5.0, weight_range=(0.5, 1.5), safety=3.0, dual_clip=10.0)
+        _, metrics = fipo.fipo_loss(delta, torch.zeros(1, 300), torch.tensor([sign]), mask, **how)
+        seen = fipo.influence_weight(delta[0], sign, **how)
+        assert metrics["future_kl_mean"] == pytest.approx(seen["F"].mean().item(), rel=1e-5)
+        for name in ("mean", "min", "max"):
+            assert metrics[f"influence_{name}"] == pytest.approx(getattr(seen["f"], name)().item(), rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------ the command
 
 
@@ -281,6 +296,20 @@ def test_any_pair_of_folders_will_do(cfg, trained, tmp_path):
     assert all({"delta_logp", "F", "f"} <= set(row) for row in found["token_map"]) and "replacement" not in found
 
 
+def test_one_model_is_in_memory_at_a_time(cfg, tmp_path, monkeypatch):
+    alive = weakref.WeakSet()
+
+    class Counted(fipo.Policy):
+        def __init__(self, *args):
+            gc.collect()
+            assert not alive, "the other model is still held"
+            super().__init__(*args)
+            alive.add(self)
+
+    monkeypatch.setattr(fipo, "Policy", Counted)
+    fipo.run_tokens(dataclasses.replace(cfg, out=str(tmp_path / "o"), problems=2, replacement=False))
+
+
 def fails(given: list[str], capsys, match: str) -> None:
     with pytest.raises(SystemExit) as stop:
         fipo.main(["tokens", *given])
@@ -296,7 +325,7 @@ def test_mistakes_are_told_in_a_sentence(cfg, reader, tmp_path, capsys):
     fails(flags(dataclasses.replace(cfg, base="")), capsys, "--base is missing")
     fails(flags(dataclasses.replace(cfg, trained="")), capsys, "--trained is missing")
     fails(flags(dataclasses.replace(cfg, out="")), capsys, "--out is missing")
-    fails(flags(dataclasses.replace(cfg, base="no/where")), capsys, "loading a model from 'no/where'")
+    fails(flags(dataclasses.replace(cfg, base="no/where")), capsys, "tokenizer of 'no/where' .no such folder")
     fails(flags(dataclasses.replace(cfg, seeds=0)), capsys, "--seeds is 0")
 
 
