@@ -1522,7 +1522,7 @@ MEASURES = {"delta_logp": "Δlog p", "kl": "KL(π_RL ‖ π_base)", "js": "JS di
             "entropy_base": "entropy of π_base", "entropy_trained": "entropy of π_RL"}  # fmt: skip
 CRITERIA = {"delta_logp": "Δlog p", "kl": "KL", "entropy": "entropy of the writer", "random": "random",
             "extrapolated": "Δlog p, extrapolated"}  # fmt: skip
-FRACTIONS = (0.01, 0.02, 0.03, 0.06, 0.12, 0.3)  # of the writer's own tokens on which a criterion is set to fire
+FRACTIONS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.17, 0.3)  # of the writer's own tokens on which a criterion is set to fire
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -1668,12 +1668,9 @@ def curve(rows: list[dict[str, Any]], writer: str, criterion: str, start: float)
 
 
 def fraction_needed(points: list[tuple[float, float, float]], end: float, share: float = 0.95) -> float | None:
-    """Fraction replaced where a curve first has `share` of the way from its start to `end`, interpolated; or None."""
-    way = [(y - points[0][1]) / ((end - points[0][1]) or math.nan) for _, y, _ in points]
-    for (x0, *_), (x1, *_), way0, way1 in zip(points, points[1:], way, way[1:]):
-        if way1 >= share:
-            return x0 + (x1 - x0) * (share - way0) / (way1 - way0)
-    return None
+    """The smallest fraction measured that has `share` of the way from a curve's start to `end`; None if none has."""
+    start = points[0][1]
+    return min((x for x, y, _ in points if end != start and (y - start) / (end - start) >= share), default=None)
 
 
 def draw_histograms(written: dict[str, list[Rollout]], path: Path) -> None:

@@ -272,7 +272,7 @@ def draw_token_map(row: dict[str, Any], path: Path, columns: int = 60, most: int
             axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center")
         axes.set_title(f"{name}: blue {neutral - largest:.3g}, white {neutral:g}, orange {neutral + largest:.3g}",
                        loc="left", fontsize="small")  # fmt: skip
-        axes.set(xlim=(0, columns), ylim=(lines, 0))
+        axes.set(xlim=(-0.1, columns + 0.1), ylim=(lines, -0.1))
         axes.axis("off")
     figure.savefig(path, dpi=130)
     plt.close(figure)
