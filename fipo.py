@@ -71,7 +71,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -1518,91 +1518,123 @@ def watch(store: Any, over: threading.Event) -> None:
 # ----------------------------------------------------------------------------------- 11. Which tokens did RL change?
 # Δlog p = log π_RL − log π_base of a token, signed, against measures without a sign (arXiv 2603.22117); all in nats,
 # at temperature 1, over the whole vocabulary. This Δ spans all of training, that of section 6 the updates of a batch.
-MEASURES = {"delta_logp": "Δlog p", "kl": "KL(π_RL ‖ π_base)", "js": "JS divergence",
-            "entropy_base": "entropy of π_base", "entropy_trained": "entropy of π_RL"}  # fmt: skip
-CRITERIA = {"delta_logp": "Δlog p", "kl": "KL", "entropy": "entropy of the writer", "random": "random",
-            "extrapolated": "Δlog p, extrapolated"}  # fmt: skip
-FRACTIONS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.17, 0.3)  # of the writer's own tokens on which a criterion is set to fire
-
-
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(p ‖ q) of log-probs, [N, V] -> [N]."""
     return (p.exp() * (p - q)).sum(-1)
 
 
-def compare(base: torch.Tensor, trained: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The MEASURES of N tokens from both models' log-probs at their positions: [N, V], [N, V], [N] -> [N] each."""
-    middle = torch.logaddexp(base, trained) - math.log(2)
-    return {
-        "delta_logp": (trained - base).gather(1, tokens[:, None])[:, 0],
-        "kl": kl_divergence(trained, base),
-        "js": (kl_divergence(base, middle) + kl_divergence(trained, middle)) / 2,
-        "entropy_base": -(base.exp() * base).sum(-1),
-        "entropy_trained": -(trained.exp() * trained).sum(-1),
-    }
+def js_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
 
 
-def last_hidden(path: str, rollouts: list[Rollout], cfg: TokensConfig) -> tuple[torch.Tensor, Any]:
-    """What a model hands to its head at every response token, [N, H] on the CPU; and the head."""
-    policy, hidden = Policy(path, cfg), []
-    for part in progress(micro_batches(rollouts, cfg.tokens_per_micro_batch), desc="score"):
+def entropy(p: torch.Tensor) -> torch.Tensor:
+    return -(p.exp() * p).sum(-1)
+
+
+# from the log-probs of both models [N, V] and the tokens that stand there [N]
+MEASURES: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
+    "delta_logp": ("Δlog p", lambda base, trained, token: (trained - base).gather(1, token[:, None])[:, 0]),
+    "kl": ("KL(π_RL ‖ π_base)", lambda base, trained, token: kl_divergence(trained, base)),
+    "js": ("JS divergence", lambda base, trained, token: js_divergence(trained, base)),
+    "entropy_base": ("entropy of π_base", lambda base, trained, token: entropy(base)),
+    "entropy_trained": ("entropy of π_RL", lambda base, trained, token: entropy(trained)),
+}
+CRITERIA = {"delta_logp": "Δlog p", "kl": "KL", "entropy": "entropy of the writer", "random": "random",
+            "extrapolated": "Δlog p, extrapolated"}  # fmt: skip
+FRACTIONS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.3)  # of the writer's own tokens on which to fire
+
+
+def hidden_states(policy: Policy, passes: list[list[Rollout]]) -> Iterator[torch.Tensor]:
+    """What a model hands to its head at the response tokens of each pass, [N, H]."""
+    for part in progress(passes, desc="score"):
         ids, mask, *_ = collate(part, policy.device)
         with policy.autocast():
-            hidden.append(response_hidden(policy.model, ids, mask)[0].cpu())
-    return torch.cat(hidden), policy.model.get_output_embeddings()
+            yield response_hidden(policy.model, ids, mask)[0]
 
 
 @torch.no_grad()
-def measure(rollouts: list[Rollout], cfg: TokensConfig, chunk: int = 1024) -> None:
-    """Fill `measures`. In memory: one model after the other, then both heads and the logits of `chunk` tokens."""
-    rollouts = sorted(rollouts, key=len, reverse=True)  # the order in which micro_batches takes them
-    hidden, heads = zip(*(last_hidden(path, rollouts, cfg) for path in (cfg.base, cfg.trained)))
-    tokens = torch.tensor([token for r in rollouts for token in r.response_ids])
-    device, parts = heads[0].weight.device, []
-    for *both, token in progress(list(zip(*(x.split(chunk) for x in (*hidden, tokens)))), desc="compare"):
-        base, trained = (head(h.to(device)).float().log_softmax(-1) for head, h in zip(heads, both))
-        parts.append(compare(base, trained, token.to(device)))
-    for name in MEASURES:
-        for r, values in zip(rollouts, split(torch.cat([part[name] for part in parts]), rollouts)):
-            r.measures[name] = values
+def measure(rollouts: list[Rollout], cfg: TokensConfig, chunk: int = 256) -> None:
+    """Fill `measures`, and with them each model's own log-prob of the token, "base" and "trained".
+
+    One model after the other is in memory: of the base only its head stays, and its hidden states, on the host (4 bytes
+    times hidden size times tokens). Logits are there for `chunk` tokens at a time.
+    """
+    passes = micro_batches(rollouts, cfg.tokens_per_micro_batch)
+    policy = Policy(cfg.base, cfg)
+    kept, base_head = [h.cpu() for h in hidden_states(policy, passes)], policy.model.get_output_embeddings()
+    del policy
+    policy = Policy(cfg.trained, cfg)
+    heads = (base_head, policy.model.get_output_embeddings())
+    for part, *hidden in zip(passes, kept, hidden_states(policy, passes)):
+        tokens = torch.tensor([token for r in part for token in r.response_ids])
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in (*MEASURES, "base", "trained")}
+        for *both, token in zip(*(x.to(policy.device).split(chunk) for x in (*hidden, tokens))):
+            logp = [head(h).float().log_softmax(-1) for head, h in zip(heads, both)]  # [chunk, V] each
+            for name, (_, formula) in MEASURES.items():
+                found[name].append(formula(*logp, token))
+            for name, each in zip(("base", "trained"), logp):
+                found[name].append(each.gather(1, token[:, None])[:, 0])
+        for name, values in found.items():
+            for r, row in zip(part, split(torch.cat(values), part)):
+                r.measures[name] = row
 
 
 def values_of(rollouts: list[Rollout], name: str) -> torch.Tensor:
     return torch.cat([r.measures[name] for r in rollouts])
 
 
-def in_context(r: Rollout, i: int, tokenizer: Any) -> dict[str, Any]:
-    """A response's token number i, its Δlog p and its neighbours."""
-    ids, at = [*r.problem.prompt_ids, *r.response_ids], len(r.problem.prompt_ids) + i
-    parts = {"before": ids[max(at - 24, 0) : at], "token": ids[at : at + 1], "after": ids[at + 1 : at + 9]}
-    return {"delta_logp": r.measures["delta_logp"][i].item()} | {k: tokenizer.decode(v) for k, v in parts.items()}
+def require_true_scores(written: dict[str, list[Rollout]], tolerance: float) -> None:
+    """What scored the responses must be what wrote them: else the model does more behind its head than we know."""
+    for who, rollouts in written.items():
+        sampled = torch.cat([torch.tensor(r.sampler_logp) for r in rollouts])
+        apart = (values_of(rollouts, who) - sampled).abs().mean().item()
+        require(apart <= tolerance, f"the {who} model's log-probs, scored, differ by {apart:.2g} a token from those it "
+                "sampled with: it scales or caps its logits, which the token study cannot follow.")  # fmt: skip
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token where it stands; a character of several tokens shows at the last of them."""
+    starts = [max(i - 8, 0) for i in range(len(ids))]
+    upto = [tokenizer.decode(list(ids[a : i + 1])).rstrip("\ufffd") for i, a in enumerate(starts)]
+    before = [tokenizer.decode(list(ids[a:i])).rstrip("\ufffd") for i, a in enumerate(starts)]
+    return [text[len(prefix) :] or "▯" for text, prefix in zip(upto, before)]
+
+
+def extremes(rollouts: list[Rollout], tokenizer: Any, sign: int, n: int = 20) -> list[dict[str, Any]]:
+    """The `n` tokens with the largest sign · Δlog p, each between its neighbours; repeated contexts are shown once."""
+    places = [(r, i) for r in rollouts for i in range(len(r.response_ids))]
+    found: dict[Any, dict[str, Any]] = {}
+    for k in (sign * values_of(rollouts, "delta_logp")).argsort(descending=True).tolist():
+        (r, i), start = places[k], len(places[k][0].problem.prompt_ids)
+        ids, at = [*r.problem.prompt_ids, *r.response_ids], start + i
+        parts = {"before": ids[max(at - 24, 0) : at], "token": ids[at : at + 1], "after": ids[at + 1 : at + 9]}
+        context = {name: tokenizer.decode(part) for name, part in parts.items()}
+        value = r.measures["delta_logp"][i].item()
+        found.setdefault((context["before"], context["token"]), {"delta_logp": value} | context)
+        if len(found) == n:
+            break
+    return list(found.values())
 
 
 def summarize(rollouts: list[Rollout], tokenizer: Any) -> dict[str, Any]:
-    """What is counted of one model's responses; with them, the twenty tokens of smallest and of largest Δlog p."""
-    every = sorted((value, place, i) for place, r in enumerate(rollouts)
-                   for i, value in enumerate(r.measures["delta_logp"].tolist()))  # fmt: skip
-    extremes = {"smallest": every[:20], "largest": every[:-21:-1]}
+    """What is counted of one model's responses."""
+    below = {name: {str(x): (values_of(rollouts, name).abs() < x).float().mean().item() for x in (0.01, 0.1, 1)}
+             for name in MEASURES}  # fmt: skip
     return {
         "accuracy": group_accuracy(rollouts),
         "response_length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
-        "share_below": {name: {str(x): (values_of(rollouts, name).abs() < x).float().mean().item()
-                               for x in (0.01, 0.1, 1)} for name in MEASURES},
-        "tokens": {end: [in_context(rollouts[place], i, tokenizer) for _, place, i in found]
-                   for end, found in extremes.items()},
-    }  # fmt: skip
+        "share_below": below,
+        "smallest_delta_logp": extremes(rollouts, tokenizer, -1),
+        "largest_delta_logp": extremes(rollouts, tokenizer, 1),
+    }
 
 
-def replacement_score(criterion: str, measures: dict[str, torch.Tensor], writer: str, u: torch.Tensor) -> torch.Tensor:
-    """How much a criterion wants the writer's token replaced; it fires from its threshold up. [R] each -> [R]."""
-    match criterion:
-        case "kl":
-            return measures["kl"]
-        case "entropy":
-            return measures[f"entropy_{writer}"]
-        case "random":
-            return u
-    return measures["delta_logp"] * (-1 if writer == "base" else 1)  # by how much the other model likes it less
+def measure_of(criterion: str, writer: str) -> tuple[str, int]:
+    """The measure a criterion looks at, and its sign: it fires where sign · measure reaches the threshold."""
+    if criterion in ("kl", "entropy"):
+        return ("kl" if criterion == "kl" else f"entropy_{writer}"), 1
+    return "delta_logp", -1 if writer == "base" else 1  # how much less the other model likes the token
 
 
 class ReplacingSampler:
@@ -1616,7 +1648,7 @@ class ReplacingSampler:
 
     def __init__(self, pair: dict[str, Policy], writer: Literal["base", "trained"], criterion: str, threshold: float,
                  extrapolate: float = 0.0):  # fmt: skip
-        self.pair, self.policy, self.writer = list(pair.values()), pair[writer], writer
+        self.pair, self.policy, self.writer = [pair["base"], pair["trained"]], pair[writer], writer
         self.criterion, self.threshold = criterion, threshold
         self.extrapolate = extrapolate if criterion == "extrapolated" else 0.0
         self.replaced: Counter[int] = Counter()  # tokens replaced, by the response's place in its group
@@ -1627,13 +1659,15 @@ class ReplacingSampler:
             uniform([derive_seed(s, use) if use else s for s in seeds], n, max_tokens, self.policy.device)
             for use in ("", "other", "random")
         )
+        name, sign = measure_of(self.criterion, self.writer)
 
         def choose(logits: list[torch.Tensor], row: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            base, trained = ((x / temperature).log_softmax(-1) for x in logits)
-            own, other = (base, trained) if self.writer == "base" else (trained, base)
+            both = [(x / temperature).log_softmax(-1) for x in logits]  # base, trained
+            own, other = both if self.writer == "base" else both[::-1]
             token, logp = sample_token(own, top_p, u_own[row, step])
-            measures = compare(base, trained, token)
-            fires = replacement_score(self.criterion, measures, self.writer, u_random[row, step]) >= self.threshold
+            random = self.criterion == "random"
+            score = u_random[row, step] if random else sign * MEASURES[name][1](*both, token)
+            fires = score >= self.threshold
             new, new_logp = sample_token(other + self.extrapolate * (other - own), top_p, u_other[row, step])
             self.replaced.update((row[fires] % n).tolist())
             return torch.where(fires, new, token), torch.where(fires, new_logp, logp)
@@ -1645,13 +1679,14 @@ def replace_tokens(problems: list[Problem], written: dict[str, list[Rollout]],
                    cfg: TokensConfig) -> list[dict[str, Any]]:  # fmt: skip
     """Token replacement, the test that decides: a row for each writer, criterion and threshold, a value per seed."""
     pair, rows = {"base": Policy(cfg.base, cfg), "trained": Policy(cfg.trained, cfg)}, []
-    rules = itertools.product(written, CRITERIA, FRACTIONS)
-    rules = [rule for rule in rules if rule[:2] != ("trained", "extrapolated")]
+    pair["base"].eos = pair["trained"].eos
+    rules = [r for r in itertools.product(written, CRITERIA, FRACTIONS) if r[:2] != ("trained", "extrapolated")]
     for writer, criterion, fraction in progress(rules, desc="replace", leave=True):
-        measures = {name: values_of(written[writer], name) for name in MEASURES}
-        u = torch.linspace(0, 1, len(measures["kl"]))  # as uniform as random numbers
-        scores = replacement_score(criterion, measures, writer, u).sort().values
-        threshold = scores[int((1 - fraction) * len(scores))].item()
+        name, sign = measure_of(criterion, writer)
+        scores = (sign * values_of(written[writer], name)).sort().values
+        threshold = 1 - fraction if criterion == "random" else scores[int((1 - fraction) * len(scores))].item()
+        if threshold <= 0:  # fewer tokens changed than that: it would fire where RL changed nothing
+            continue
         sampler = ReplacingSampler(pair, writer, criterion, threshold, cfg.extrapolate)
         by_seed = list(zip(*sample(sampler, problems, (cfg.seed, "tokens", writer), cfg, cfg.seeds, 1.0, 1.0)))
         tokens = [sum(len(r.response_ids) for r in seed) for seed in by_seed]
@@ -1664,13 +1699,18 @@ def replace_tokens(problems: list[Problem], written: dict[str, list[Rollout]],
 def curve(rows: list[dict[str, Any]], writer: str, criterion: str, start: float) -> list[tuple[float, float, float]]:
     """Fraction replaced, accuracy and its standard deviation over seeds, from no replacement on."""
     mine = [row for row in rows if (row["writer"], row["criterion"]) == (writer, criterion)]
-    return [(0.0, start, 0.0)] + [(mean(r["fraction"]), mean(r["accuracy"]), pstdev(r["accuracy"])) for r in mine]
+    spread = stdev if mine and len(mine[0]["accuracy"]) > 1 else lambda values: 0.0
+    return [(0.0, start, 0.0)] + [(mean(r["fraction"]), mean(r["accuracy"]), spread(r["accuracy"])) for r in mine]
 
 
-def fraction_needed(points: list[tuple[float, float, float]], end: float, share: float = 0.95) -> float | None:
-    """The smallest fraction measured that has `share` of the way from a curve's start to `end`; None if none has."""
-    start = points[0][1]
-    return min((x for x, y, _ in points if end != start and (y - start) / (end - start) >= share), default=None)
+def fraction_needed(points: list[tuple[float, float, float]], end: float,
+                    share: float = 0.95) -> tuple[float, float] | None:  # fmt: skip
+    """Between which fractions replaced a curve first has `share` of the way from its start to `end`; None: never."""
+    way = end - points[0][1]
+    for (x0, *_), (x1, y, _) in itertools.pairwise(points):
+        if way and (y - points[0][1]) / way >= share - 1e-9:
+            return min(x0, x1), x1
+    return None
 
 
 def draw_histograms(written: dict[str, list[Rollout]], path: Path) -> None:
@@ -1678,7 +1718,7 @@ def draw_histograms(written: dict[str, list[Rollout]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for axes, (name, title) in zip(panels.flat, MEASURES.items()):
+    for axes, (name, (title, _)) in zip(panels.flat, MEASURES.items()):
         values = [values_of(rollouts, name).numpy() for rollouts in written.values()]
         axes.hist(values, bins=60, histtype="step", log=True, label=[f"written by the {who} model" for who in written])
         axes.set(title=title, xlabel="nats", ylabel="tokens")
@@ -1689,7 +1729,7 @@ def draw_histograms(written: dict[str, list[Rollout]], path: Path) -> None:
 
 
 def draw_replacement(rows: list[dict[str, Any]], accuracy: dict[str, float], path: Path) -> None:
-    """Accuracy against the fraction of tokens replaced: a line for each criterion; bars are one standard deviation."""
+    """Accuracy against the fraction of tokens replaced, a line for each criterion, with its standard deviation."""
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
@@ -1697,7 +1737,8 @@ def draw_replacement(rows: list[dict[str, Any]], accuracy: dict[str, float], pat
         for i, (criterion, name) in enumerate(CRITERIA.items()):
             x, y, spread = zip(*curve(rows, writer, criterion, accuracy[writer]))
             if len(x) > 1:
-                axes.errorbar(x, y, spread, label=name, color=f"C{i}", marker="os^Dx"[i], ms=4, capsize=2)
+                line = "--" if criterion == "extrapolated" else "-"  # it mostly lies upon Δlog p
+                axes.errorbar(x, y, spread, label=name, color=f"C{i}", marker="os^Dx"[i], ms=4, capsize=2, ls=line)
         for who, level in accuracy.items():
             axes.axhline(level, color="0.5", ls="--", lw=1)
             axes.annotate(f"{who} alone", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
@@ -1718,7 +1759,7 @@ i {{ font-style: normal; border-bottom: 3px none #000; padding: .1em 0 }}
 .legend {{ display: none }} .legend b {{ font-weight: normal; padding: .2em 1em }}
 * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact }}
 {rules}</style><h2>Which tokens did RL change?</h2><div>Δlog p = log π_RL − log π_base. {note} Underlined: above the
-neutral value; dotted: below. Point at a token for its values.</div>
+neutral value; dotted: below. Each view has its own scale. Point at a token for its values.</div>
 <div>Colour by {switches}{body}</div></html>"""
 
 
@@ -1728,18 +1769,22 @@ def shade(x: float) -> str:
     return "#" + "".join(f"{round(255 + (c - 255) * abs(x) ** 0.5):02x}" for c in full)  # √: small values show too
 
 
-def shares(rows: list[dict[str, Any]], view: str) -> tuple[list[list[float]], float]:
-    """Each token's distance from a view's neutral value, as a share of the largest distance; and that."""
-    apart = [[value - VIEWS[view][1] for value in row.get(view, [])] for row in rows]
-    largest = max((abs(x) for row in apart for x in row), default=0.0) or 1.0
-    return [[x / largest for x in row] for row in apart], largest
+def shades(rows: list[dict[str, Any]], view: str) -> tuple[list[list[float]], dict[str, float]]:
+    """Each token's place between −1 and 1 in a view, 0 being neutral; and the places of the view's ends, by value."""
+    neutral = VIEWS[view][1]
+    values = [value for row in rows for value in row.get(view, [])] + [neutral]
+    largest = max(abs(value - neutral) for value in values) or 1.0
+    ends = sorted({min(values), neutral, max(values)})
+    return [[(value - neutral) / largest for value in row.get(view, [])] for row in rows], {
+        f"{end:.3g}": (end - neutral) / largest for end in ends
+    }
 
 
 def token_map(rows: list[dict[str, Any]], note: str) -> str:
     """Responses (caption, prompt, tokens, VIEWS) as one HTML page that needs no script: CSS switches the view."""
     rules, switches, body, styles = "", "", "", [[""] * len(row["tokens"]) for row in rows]
-    for view, (name, neutral) in VIEWS.items():
-        places, largest = shares(rows, view)
+    for view, (name, _) in VIEWS.items():
+        places, ends = shades(rows, view)
         for style, place in zip(styles, places):
             for i, x in enumerate(place):
                 line = "none" if abs(x) < 0.01 else "solid" if x > 0 else "dotted"  # for prints in grey
@@ -1748,8 +1793,8 @@ def token_map(rows: list[dict[str, Any]], note: str) -> str:
                   f"#{view}:checked ~ .{view} {{ display: block }}\n")  # fmt: skip
         switches += f'<input type="radio" name="view" id="{view}"{"" if switches else " checked"}>'
         switches += f'<label for="{view}">{name}</label>'
-        boxes = [f'<b style="background:{shade(x)}">{neutral + x * largest:.3g}</b>' for x in (-1, -0.3, 0, 0.3, 1)]
-        body += f'<div class="legend {view}">{name}: {"".join(boxes)}</div>'
+        boxes = "".join(f'<b style="background:{shade(x)}">{value}</b>' for value, x in ends.items())
+        body += f'<div class="legend {view}">{name}: {boxes}</div>'
     for row, style in zip(rows, styles):
         body += f"<section><h3>{html.escape(row['caption'])}</h3><p>{html.escape(row['prompt'])}"
         for i, token in enumerate(row["tokens"]):
@@ -1770,22 +1815,25 @@ def last_update_of(checkpoint: str) -> list[Rollout]:
     return kept
 
 
-def weigh_by_pair(rollouts: list[Rollout]) -> None:
-    """Fill F and f as if the whole training had been one update: π_old the base, π_θ the trained model, A = ±1."""
-    for r in rollouts:
-        r.measures |= influence_weight(r.measures["delta_logp"], 1.0 if r.correct else -1.0)
+def map_rows(title: str, rollouts: list[Rollout], tokenizer: Any) -> list[dict[str, Any]]:
+    """What the token map shows of responses."""
+    return [{"caption": f"{title}: {'right' if r.correct else 'wrong'}",
+             "prompt": tokenizer.decode(r.problem.prompt_ids), "tokens": token_texts(r.response_ids, tokenizer)}
+            | {view: r.measures[view].tolist() for view in VIEWS if view in r.measures} for r in rollouts]  # fmt: skip
 
 
-def map_rows(written: dict[str, list[Rollout]], updated: list[Rollout], tokenizer: Any) -> list[dict[str, Any]]:
-    """What token_map shows: three responses of each model, or of the base and of the last update."""
-    shown = {f"written by the {who} model": rollouts[:3] for who, rollouts in written.items()}
+def show_map(written: dict[str, list[Rollout]], updated: list[Rollout], tokenizer: Any) -> tuple[list[dict], str]:
+    """Three responses of each model, or of the base and of the last update; and where their F and f come from."""
+    base, trained = (rollouts[:3] for rollouts in written.values())
     if updated:
-        shown = {"written by the base model": written["base"][:3], "trained on in the last update": updated}
-    return [{"caption": f"{title}, {'right' if r.correct else 'wrong'}",
-             "prompt": tokenizer.decode(r.problem.prompt_ids),
-             "tokens": [tokenizer.decode([token]) for token in r.response_ids]}
-            | {view: r.measures[view].tolist() for view in VIEWS if view in r.measures}
-            for title, rollouts in shown.items() for r in rollouts]  # fmt: skip
+        return (map_rows("written by the base model, so in no update (Δlog p only)", base, tokenizer)
+                + map_rows("trained on in the last update", updated, tokenizer),
+                "F and f are those of the last update in training.")  # fmt: skip
+    for r in base + trained:  # π_old is the base, π_θ the trained model, A = ±1
+        r.measures |= influence_weight(r.measures["delta_logp"], 1.0 if r.correct else -1.0)
+    return (map_rows("written by the base model", base, tokenizer)
+            + map_rows("written by the trained model", trained, tokenizer),
+            "No update is kept with the trained weights: F and f are as if all of training had been one.")  # fmt: skip
 
 
 def require_same_tokens(cfg: TokensConfig) -> None:
@@ -1794,16 +1842,14 @@ def require_same_tokens(cfg: TokensConfig) -> None:
         with explain(f"reading the tokenizer of {place_of(path)}"):
             size = AutoConfig.from_pretrained(path).get_text_config().vocab_size
             vocabularies.append((size, AutoTokenizer.from_pretrained(path).get_vocab()))
-    require(vocabularies[0] == vocabularies[1], f"{cfg.base} and {cfg.trained} have different tokenizers: Δlog p "
-            "compares the same tokens, so give a model and what it was trained into.")  # fmt: skip
+    require(vocabularies[0] == vocabularies[1], f"{cfg.base} and {cfg.trained} have different tokenizers or "
+            "vocabularies: Δlog p compares the same tokens, so give a model and what it was trained into.")  # fmt: skip
 
 
-def write_alone(who: str, cfg: TokensConfig) -> tuple[list[Rollout], list[Problem], Any]:
-    """`seeds` responses to each problem by one model, in the order of seeds; the problems; the tokenizer."""
-    policy = Policy(getattr(cfg, who), cfg)
-    problems = encode_problems(cfg.data, policy, cfg)[: cfg.problems]
+def write_alone(policy: Policy, who: str, problems: list[Problem], cfg: TokensConfig) -> list[Rollout]:
+    """`seeds` responses to each problem by one model, in the order of seeds."""
     groups = sample(HFSampler(policy), problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)
-    return [r for seed in zip(*groups) for r in seed], problems, policy.tokenizer
+    return [r for seed in zip(*groups) for r in seed]
 
 
 def run_tokens(cfg: TokensConfig) -> None:
@@ -1811,25 +1857,33 @@ def run_tokens(cfg: TokensConfig) -> None:
     check(cfg)
     require(cfg.out, "--out is missing: give the folder for numbers and pictures.")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "fipo.py tokens is one process: start it without a launcher.")
-    out = make_folder(Path(cfg.out))
+    with explain("importing matplotlib (pip install -r requirements.txt)"):
+        import matplotlib.pyplot  # noqa: F401, to learn now that it is missing, not after an hour
     require_same_tokens(cfg)
-    written = {"base": write_alone("base", cfg)[0]}
-    written["trained"], problems, tokenizer = write_alone("trained", cfg)
+    out = make_folder(Path(cfg.out))
+    policy = Policy(cfg.trained, cfg)
+    eos, tokenizer, tolerance = policy.eos, policy.tokenizer, policy.tolerance
+    problems = encode_problems(cfg.data, policy, cfg)[: cfg.problems]  # both models get these prompts and this EOS
+    trained = write_alone(policy, "trained", problems, cfg)
+    del policy
+    policy = Policy(cfg.base, cfg)
+    policy.eos = eos
+    written = {"base": write_alone(policy, "base", problems, cfg), "trained": trained}
+    del policy
     updated = last_update_of(cfg.trained)
-    measure([*written["base"], *written["trained"], *updated], cfg)
-    draw_histograms(written, out / "histograms.png")
+    measure([*written["base"], *trained, *updated], cfg)
+    require_true_scores(written, tolerance)
+
     found: dict[str, Any] = {"settings": dataclasses.asdict(cfg)}
     for who, rollouts in written.items():
         found[who] = summarize(rollouts, tokenizer)
         below = ", ".join(f"{share:.1%} below {x}" for x, share in found[who]["share_below"]["delta_logp"].items())
         say(f"written by the {who} model: accuracy {found[who]['accuracy']:.1%}, mean length "
             f"{found[who]['response_length']:.1f}, |Δlog p| of tokens: {below}")  # fmt: skip
-    note = "F and f are those of the last update in training."
-    if not updated:
-        weigh_by_pair(written["base"] + written["trained"])
-        note = "No update is kept beside the trained weights: F and f are as if all of training had been one update."
-    found["token_map"] = map_rows(written, updated, tokenizer)
-    (out / "token_map.html").write_text(token_map(found["token_map"], note))
+    draw_histograms(written, out / "histograms.png")
+    found["token_map"], note = show_map(written, updated, tokenizer)
+    (out / "token_map.html").write_text(token_map(found["token_map"], note), encoding="utf-8")
+    (out / "metrics.json").write_text(json.dumps(found, indent=1))
     if cfg.replacement:
         found["replacement"] = rows = replace_tokens(problems, written, cfg)
         accuracy = {who: found[who]["accuracy"] for who in written}
@@ -1837,8 +1891,9 @@ def run_tokens(cfg: TokensConfig) -> None:
         needed = {c: fraction_needed(curve(rows, "base", c, accuracy["base"]), accuracy["trained"]) for c in CRITERIA}
         found["fraction_needed"] = needed
         say("tokens to replace in the base model's responses for 95 % of the way to the trained model's accuracy: "
-            + ", ".join(f"{CRITERIA[c]} {f'{x:.1%}' if x else 'not reached'}" for c, x in needed.items()))  # fmt: skip
-    (out / "metrics.json").write_text(json.dumps(found, indent=1))
+            + ", ".join(f"{CRITERIA[c]} {f'{x[0]:.1%} to {x[1]:.1%}' if x else 'not reached'}"
+                        for c, x in needed.items()))  # fmt: skip
+        (out / "metrics.json").write_text(json.dumps(found, indent=1))
     say(f"numbers, token map and pictures: {out}")
 
 

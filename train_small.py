@@ -241,7 +241,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
 def study_tokens(cfg: fipo.Config, seeds: int, embedded: bool) -> None:
     """The closing act: which tokens did this run change? Token replacement only if both models are tiny."""
     say("\nwhich tokens did RL change?")
-    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(fipo.SharedConfig)}
+    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(fipo.SharedConfig) if f.name != "dtype"}
     out, trained = Path(cfg.out) / "tokens", fipo.newest_checkpoint(Path(cfg.out))
     less = {} if embedded else dict(problems=32, replacement=False)
     how = shared | dict(base=cfg.model, trained=str(trained), data=cfg.eval_data or cfg.data, out=str(out), seeds=seeds)
@@ -259,19 +259,19 @@ def draw_token_map(row: dict[str, Any], path: Path, columns: int = 60, most: int
             x, y = 0, y + 1
         spots.append((text, x, y))
         x, y = (0, y + 1) if text.endswith("⏎") else (x + len(text), y)
-    lines, columns = min(1 + spots[-1][2], most), max(x + len(text) for text, x, _ in spots)
+    spots = [spot for spot in spots if spot[2] < most]
+    lines, columns = 1 + spots[-1][2], max(x + len(text) for text, x, _ in spots)
     views = [view for view in fipo.VIEWS if view in row]
     figure, panels = plt.subplots(len(views), 1, squeeze=False, layout="constrained",
                                   figsize=(max(0.16 * columns, 6), (0.32 * lines + 0.4) * len(views)))  # fmt: skip
-    figure.suptitle(f"{row['prompt'].strip()[-60:]}   {row['caption']}", fontsize="medium")
+    figure.suptitle(f"{row['prompt'].strip()[-60:]}   {row['caption']}", fontsize="medium", parse_math=False)
     for axes, view in zip(panels[:, 0], views):
-        (places,), largest = fipo.shares([row], view)
-        name, neutral = fipo.VIEWS[view]
+        (places,), ends = fipo.shades([row], view)
         for (text, x, y), place in zip(spots, places):
             axes.add_patch(plt.Rectangle((x, y), len(text), 0.9, fc=fipo.shade(place), ec="0.85", lw=0.5))
-            axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center")
-        axes.set_title(f"{name}: blue {neutral - largest:.3g}, white {neutral:g}, orange {neutral + largest:.3g}",
-                       loc="left", fontsize="small")  # fmt: skip
+            axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center", parse_math=False)
+        colours = [f"{'white' if not x else 'orange' if x > 0 else 'blue'} {value}" for value, x in ends.items()]
+        axes.set_title(f"{fipo.VIEWS[view][0]}: {', '.join(colours)}", loc="left", fontsize="small")
         axes.set(xlim=(-0.1, columns + 0.1), ylim=(lines, -0.1))
         axes.axis("off")
     figure.savefig(path, dpi=130)
@@ -324,7 +324,7 @@ def run(argv: list[str]) -> None:
             raise
         say(f"nothing left to learn: {end}")
     report(out)
-    if given.study_seeds and fipo.rank() == 0:
+    if given.study_seeds and os.environ.get("WORLD_SIZE", "1") == "1":
         study_tokens(cfg, given.study_seeds, embedded)
 
 

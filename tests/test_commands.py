@@ -191,6 +191,17 @@ def test_train_small_as_a_user_runs_it(tmp_path):
     shutil.rmtree(out)
 
 
+def test_the_token_study_of_a_run_is_in_float32(tmp_path, monkeypatch):
+    """Whatever the run computed in: bfloat16's rounding would look like a change."""
+    asked = []
+    monkeypatch.setattr(fipo, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen"))
+    cfg = fipo.Config(model="m", data="d", eval_data="e", out=str(tmp_path), dtype="bfloat16", max_response=77)
+    with pytest.raises(fipo.FipoError, match="seen"):
+        train_small.study_tokens(cfg, 2, embedded=False)
+    (how,) = asked
+    assert (how.dtype, how.data, how.max_response, how.seeds, how.replacement) == ("float32", "e", 77, 2, False)
+
+
 def test_grpo_in_the_embedded_run_is_grpo():
     given = ["--model", "m", "--data", "d", "--out", "o"]
     cfg = train_small.configure([*given, "--algorithm", "grpo"], train_small.EMBEDDED)

@@ -10,6 +10,7 @@ import weakref
 from array import array
 from html.parser import HTMLParser
 
+import matplotlib.image
 import pytest
 import torch
 from conftest import flags
@@ -57,6 +58,10 @@ def replaced(pair, problems, writer, criterion, threshold, extrapolate=0.0):
     return sampler, sampler.generate(problems, SEEDS, 2, 24, 1.0, 1.0)
 
 
+def compare(base, trained, tokens):
+    return {name: formula(base, trained, tokens) for name, (_, formula) in fipo.MEASURES.items()}
+
+
 def ids(groups):
     return [list(r.response_ids) for group in groups for r in group]
 
@@ -69,7 +74,7 @@ def test_the_measures_are_their_formulas():
     torch.manual_seed(0)
     base, trained = (3 * torch.randn(5, 7), 3 * torch.randn(5, 7))
     tokens = torch.tensor([0, 6, 3, 3, 1])
-    found = fipo.compare(base.log_softmax(-1), trained.log_softmax(-1), tokens)
+    found = compare(base.log_softmax(-1), trained.log_softmax(-1), tokens)
     for n in range(5):
         q, p = (x[n].double().softmax(-1).tolist() for x in (base, trained))
         m = [(a + b) / 2 for a, b in zip(p, q)]
@@ -87,7 +92,7 @@ def test_the_measures_are_their_formulas():
 
 def test_equal_policies_do_not_differ():
     logp = torch.randn(4, 9).log_softmax(-1)
-    found = fipo.compare(logp, logp, torch.zeros(4).long())
+    found = compare(logp, logp, torch.zeros(4).long())
     assert all(found[name].abs().max() < 1e-6 for name in ("delta_logp", "kl", "js"))
 
 
@@ -101,7 +106,10 @@ def test_two_models_are_measured_at_each_token_of_each_response(cfg, pair, probl
             start = len(r.problem.prompt_ids)
             with torch.no_grad():
                 logp = [pair[who].model(row).logits[0, start - 1 : -1].log_softmax(-1) for who in pair]
-            for name, direct in fipo.compare(*logp, row[0, start:]).items():
+            for name, direct in compare(*logp, row[0, start:]).items():
+                torch.testing.assert_close(r.measures[name], direct, atol=2e-5, rtol=1e-4)
+            for name, each in zip(pair, logp):
+                direct = each.gather(1, row[0, start:, None])[:, 0]
                 torch.testing.assert_close(r.measures[name], direct, atol=2e-5, rtol=1e-4)
     assert fipo.values_of(rollouts, "delta_logp").abs().max() > 0.1, "the models must differ for this to say anything"
 
@@ -111,14 +119,28 @@ def test_the_extreme_tokens_are_shown_in_their_context(cfg, pair, problems):
     fipo.measure(rollouts, cfg)
     found = fipo.summarize(rollouts, pair["base"].tokenizer)
     every = fipo.values_of(rollouts, "delta_logp").sort().values
-    assert [t["delta_logp"] for t in found["tokens"]["smallest"]] == every[:20].tolist()
-    assert [t["delta_logp"] for t in found["tokens"]["largest"]] == every.flip(0)[:20].tolist()
+    smallest, largest = found["smallest_delta_logp"], found["largest_delta_logp"]
+    assert smallest[0]["delta_logp"] == every[0].item() and largest[0]["delta_logp"] == every[-1].item()
     texts = [pair["base"].tokenizer.decode([*r.problem.prompt_ids, *r.response_ids]) for r in rollouts]
-    for token in found["tokens"]["smallest"] + found["tokens"]["largest"]:
-        assert any(token["before"] + token["token"] + token["after"] in text for text in texts)
+    for tokens, sign in ((smallest, 1), (largest, -1)):
+        assert len(tokens) == 20 == len({(t["before"], t["token"]) for t in tokens}), "twenty, each once"
+        assert [t["delta_logp"] for t in tokens] == sorted((t["delta_logp"] for t in tokens), key=lambda x: sign * x)
+        assert all(any(t["before"] + t["token"] + t["after"] in text for text in texts) for t in tokens)
     below = found["share_below"]["delta_logp"]
     assert below["0.1"] == pytest.approx((every.abs() < 0.1).float().mean().item())
     assert 0 < below["0.01"] <= below["0.1"] <= below["1"] <= 1
+    assert found["accuracy"] == sum(r.correct for r in rollouts) / len(rollouts)
+    assert found["response_length"] == sum(len(r.response_ids) for r in rollouts) / len(rollouts)
+
+
+def test_a_model_that_scales_its_logits_is_refused(cfg, pair, problems):
+    """Scores are made from hidden states and head: where a model does more behind its head, they would be wrong."""
+    rollouts = [r for group in alone(pair["base"], problems) for r in group]
+    fipo.measure(rollouts, cfg)
+    fipo.require_true_scores({"base": rollouts}, 1e-3)
+    rollouts[0].sampler_logp = array("f", [x - 1 for x in rollouts[0].sampler_logp])
+    with pytest.raises(fipo.FipoError, match="scales or caps its logits"):
+        fipo.require_true_scores({"base": rollouts}, 1e-3)
 
 
 # ----------------------------------------------------------------------------------------------- token replacement
@@ -160,25 +182,65 @@ def test_a_token_is_replaced_where_the_other_model_likes_it_less(cfg, pair, prob
     assert changed, "some token must be replaced for this to say anything"
 
 
-def test_extrapolation_goes_beyond_the_trained_model(pair, problems):
-    """Drawn from softmax((1 + γ) log π_RL − γ log π_base)."""
+def test_extrapolation_goes_beyond_the_trained_model(cfg, pair, problems):
+    """Drawn from softmax((1 + γ) log π_RL − γ log π_base), at every position."""
     _, groups = replaced(pair, problems, "base", "extrapolated", -math.inf, extrapolate=0.5)
-    for group in groups:
-        for r in group:
-            row = torch.tensor([r.problem.prompt_ids])
-            with torch.no_grad():
-                base, trained = (pair[who].model(row).logits[0, -1].log_softmax(-1) for who in ("base", "trained"))
-            beyond = (1.5 * trained - 0.5 * base).log_softmax(-1)
-            assert r.sampler_logp[0] == pytest.approx(beyond[r.response_ids[0]].item(), abs=1e-5)
+    for r in [r for group in groups for r in group]:
+        row, start = torch.tensor([[*r.problem.prompt_ids, *r.response_ids]]), len(r.problem.prompt_ids)
+        with torch.no_grad():
+            base, trained = (pair[who].model(row).logits[0, start - 1 : -1].log_softmax(-1) for who in pair)
+        beyond = (1.5 * trained - 0.5 * base).log_softmax(-1)
+        chosen = torch.tensor(list(r.response_ids))[:, None]
+        torch.testing.assert_close(torch.tensor(r.sampler_logp), beyond.gather(1, chosen)[:, 0], atol=1e-4, rtol=1e-4)
     assert (beyond - trained).abs().max() > 1e-3
+
+
+def test_the_sweep(cfg, pair, problems):
+    """Thresholds fall as fractions rise; curves begin near nothing; what is reported is what a run at that threshold
+    gives, response by response, from the same seeds as the writer's own responses."""
+    written = {who: fipo.write_alone(pair[who], who, problems, cfg) for who in pair}
+    for who in pair:
+        seeds = [derive_seed(cfg.seed, "tokens", who, i) for i in range(len(problems))]
+        own = fipo.HFSampler(pair[who]).generate(problems, seeds, cfg.seeds, cfg.max_response, 1.0, 1.0)
+        assert ids(zip(*own)) == [list(r.response_ids) for r in written[who]]
+    fipo.measure(written["base"] + written["trained"], cfg)
+    rows = fipo.replace_tokens(problems, written, cfg)
+    for writer, criterion in {(row["writer"], row["criterion"]) for row in rows}:
+        mine = [row for row in rows if (row["writer"], row["criterion"]) == (writer, criterion)]
+        thresholds = [row["threshold"] for row in mine]
+        assert thresholds == sorted(thresholds, reverse=True) and thresholds[-1] > 0
+        assert max(mine[0]["fraction"]) < 0.1
+    random = [row for row in rows if row["criterion"] == "random"]
+    assert len(random) == 2 * len(fipo.FRACTIONS)
+    for row, fraction in zip(random, 2 * fipo.FRACTIONS):
+        assert sum(row["fraction"]) / cfg.seeds == pytest.approx(fraction, abs=0.1)
+    row = next(row for row in rows if (row["writer"], row["criterion"]) == ("base", "kl"))
+    sampler = ReplacingSampler(pair, "base", "kl", row["threshold"])
+    seeds = [derive_seed(cfg.seed, "tokens", "base", i) for i in range(len(problems))]
+    groups = sampler.generate(problems, seeds, cfg.seeds, cfg.max_response, 1.0, 1.0)
+    fipo.verify_rollouts([r for group in groups for r in group], pair["base"].tokenizer, "dapo")
+    for j in range(cfg.seeds):
+        seed = [group[j] for group in groups]
+        assert row["fraction"][j] == sampler.replaced[j] / sum(len(r.response_ids) for r in seed)
+        assert row["accuracy"][j] == sum(r.correct for r in seed) / len(seed)
+
+
+def test_a_pair_without_a_difference_has_no_curve(cfg, base, problems, pair):
+    """Where nothing changed, no token is to be replaced: Δlog p and KL do not fire at thresholds of 0."""
+    same = dataclasses.replace(cfg, trained=base)
+    written = {who: fipo.write_alone(pair["base"], who, problems, same) for who in pair}
+    fipo.measure(written["base"] + written["trained"], same)
+    found = {row["criterion"] for row in fipo.replace_tokens(problems, written, same)}
+    assert found == {"entropy", "random"}
 
 
 def test_the_fraction_that_is_needed():
     points = [(0.0, 0.2, 0.0), (0.1, 0.6, 0.0), (0.3, 0.97, 0.0), (0.2, 1.0, 0.0)]
-    assert fipo.fraction_needed(points, end=1.0, share=0.5) == 0.1
-    assert fipo.fraction_needed(points, end=1.0) == 0.2, "a looser threshold may replace less: texts differ"
+    assert fipo.fraction_needed(points, end=1.0, share=0.5) == (0.0, 0.1)
+    assert fipo.fraction_needed(points, end=1.0, share=0.9) == (0.1, 0.3)
+    assert fipo.fraction_needed(points, end=1.0) == (0.1, 0.3)
     assert fipo.fraction_needed(points[:2], end=1.0) is None
-    assert fipo.fraction_needed([(0.0, 0.9, 0.0), (0.1, 0.3, 0.0)], end=0.3) == 0.1, "downwards too"
+    assert fipo.fraction_needed([(0.0, 0.9, 0.0), (0.1, 0.3, 0.0)], end=0.3) == (0.0, 0.1), "downwards too"
     assert fipo.fraction_needed(points, end=0.2) is None, "nowhere to go: both models are as good"
 
 
@@ -216,6 +278,17 @@ def test_the_token_map_needs_nothing_but_itself():
     assert "Δlog p -2, F 0.1, f 1.2" in first["title"] and "Δlog p 4" in last["title"] and "F" not in last["title"]
     assert "--delta_logp-line:dotted" in first["style"] and "--delta_logp-line:solid" in last["style"]
     assert f"--delta_logp:{fipo.shade(-0.5)}" in first["style"] and f"--f:{fipo.shade(1)}" in first["style"]
+    legend = re.findall(r'class="legend f">f: (.*?)</div>', text)[0]
+    assert re.findall(r">([^<>]+)</b>", legend) == ["1", "1.2"], "the ends that occur, and the neutral value"
+
+
+def test_a_character_of_several_tokens_is_shown_once(reader):
+    """Byte tokens: é is two of them, 思 three. Nothing is lost, and nothing is torn."""
+    tokenizer = fipo.AutoTokenizer.from_pretrained(reader)
+    for text in ("aé思b", "x" * 30 + "思考 é", "\n\n$$<b>"):
+        shown = fipo.token_texts(tokenizer(text)["input_ids"], tokenizer)
+        assert "".join(shown).replace("▯", "") == text and "\ufffd" not in "".join(shown)
+        assert len(shown) == len(text.encode())
 
 
 def test_colours_have_a_sign_and_a_strength():
@@ -268,21 +341,37 @@ def test_the_weights_shown_are_those_the_loss_uses():
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def test_the_command_writes_numbers_pictures_and_a_map(cfg, tmp_path, capsys):
+def test_the_command_writes_numbers_pictures_and_a_map(cfg, pair, tmp_path, capsys):
     out = tmp_path / "study"
     fipo.main(["tokens", *flags(dataclasses.replace(cfg, out=str(out), problems=3))])
     assert {p.name for p in out.iterdir()} == {"metrics.json", "histograms.png", "replacement.png", "token_map.html"}
     assert all(p.stat().st_size > 5000 for p in out.iterdir())
     found = json.loads((out / "metrics.json").read_text())
-    assert set(found["base"]["share_below"]) == set(fipo.MEASURES) and len(found["base"]["tokens"]["largest"]) == 20
+    assert set(found["base"]["share_below"]) == set(fipo.MEASURES) and len(found["base"]["largest_delta_logp"]) == 20
     curves = {(row["writer"], row["criterion"]) for row in found["replacement"]}
-    assert len(curves) == 9 and len(found["replacement"]) == 9 * len(fipo.FRACTIONS)
+    assert len(curves) == 9
+    for who in ("base", "trained"):
+        problems = fipo.encode_problems(cfg.data, pair[who], cfg)[:3]
+        own = fipo.write_alone(pair[who], who, problems, cfg)
+        assert found[who]["accuracy"] == sum(r.correct for r in own) / 6
+    start, end = found["base"]["accuracy"], found["trained"]["accuracy"]
+    for criterion, needed in found["fraction_needed"].items():
+        direct = fipo.fraction_needed(fipo.curve(found["replacement"], "base", criterion, start), end)
+        assert needed == (list(direct) if direct else None)
     assert all(len(row["fraction"]) == len(row["accuracy"]) == 2 for row in found["replacement"])
     assert "last update" in (out / "token_map.html").read_text()
     printed = capsys.readouterr().out
     assert "written by the base model: accuracy" in printed and str(out) in printed
-    train_small.draw_token_map(found["token_map"][-1], tmp_path / "map.png")
-    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_a_picture_of_any_response(tmp_path):
+    """Longer than the picture, with what matplotlib would take for mathematics."""
+    long = {"caption": "right", "prompt": "$x^", "tokens": ["$$", "word ", "\\frac", "\n"] * 60}
+    for view in fipo.VIEWS:
+        long[view] = [1.0, 0.5, 1.1, 1.0] * 60
+    train_small.draw_token_map(long, tmp_path / "map.png")
+    width, height = matplotlib.image.imread(tmp_path / "map.png").shape[1::-1]
+    assert 500 < width < 2000 and 500 < height < 2000
 
 
 def test_any_pair_of_folders_will_do(cfg, trained, tmp_path):
@@ -297,17 +386,34 @@ def test_any_pair_of_folders_will_do(cfg, trained, tmp_path):
 
 
 def test_one_model_is_in_memory_at_a_time(cfg, tmp_path, monkeypatch):
-    alive = weakref.WeakSet()
+    layers = weakref.WeakSet()
 
     class Counted(fipo.Policy):
         def __init__(self, *args):
             gc.collect()
-            assert not alive, "the other model is still held"
+            assert not layers, "weights of the other model are still held"
             super().__init__(*args)
-            alive.add(self)
+            layers.add(self.model.base_model.layers[0])
 
     monkeypatch.setattr(fipo, "Policy", Counted)
     fipo.run_tokens(dataclasses.replace(cfg, out=str(tmp_path / "o"), problems=2, replacement=False))
+
+
+def test_prompts_and_eos_are_the_trained_models_for_both(cfg, trained, tmp_path):
+    """An EOS and a chat template that only the trained model has: base responses follow them, and never stays never."""
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    config = json.loads((other / "generation_config.json").read_text())
+    comma = fipo.AutoTokenizer.from_pretrained(trained)(",")["input_ids"]
+    (other / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [0, *comma]}))
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}1+1=")
+    cfg = dataclasses.replace(cfg, trained=str(other), out=str(tmp_path / "o"), problems=4, max_prompt=24)
+    fipo.run_tokens(cfg)
+    found = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert all(row["prompt"].endswith("1+1=") for row in found["token_map"] if row["caption"].startswith("written"))
+    assert not any("," in "".join(row["tokens"][:-1]) for row in found["token_map"] if "written" in row["caption"])
+    first = next(row for row in found["replacement"] if (row["writer"], row["criterion"]) == ("base", "delta_logp"))
+    assert sum(first["fraction"]) / cfg.seeds < 0.2
 
 
 def fails(given: list[str], capsys, match: str) -> None:
