@@ -1606,8 +1606,8 @@ def extremes(rollouts: list[Rollout], tokenizer: Any, sign: int, n: int = 20) ->
     places = [(r, i) for r in rollouts for i in range(len(r.response_ids))]
     found: dict[Any, dict[str, Any]] = {}
     for k in (sign * values_of(rollouts, "delta_logp")).argsort(descending=True).tolist():
-        (r, i), start = places[k], len(places[k][0].problem.prompt_ids)
-        ids, at = [*r.problem.prompt_ids, *r.response_ids], start + i
+        r, i = places[k]
+        ids, at = [*r.problem.prompt_ids, *r.response_ids], len(r.problem.prompt_ids) + i
         parts = {"before": ids[max(at - 24, 0) : at], "token": ids[at : at + 1], "after": ids[at + 1 : at + 9]}
         context = {name: tokenizer.decode(part) for name, part in parts.items()}
         value = r.measures["delta_logp"][i].item()
@@ -1665,8 +1665,8 @@ class ReplacingSampler:
             both = [(x / temperature).log_softmax(-1) for x in logits]  # base, trained
             own, other = both if self.writer == "base" else both[::-1]
             token, logp = sample_token(own, top_p, u_own[row, step])
-            random = self.criterion == "random"
-            score = u_random[row, step] if random else sign * MEASURES[name][1](*both, token)
+            by_chance = self.criterion == "random"
+            score = u_random[row, step] if by_chance else sign * MEASURES[name][1](*both, token)
             fires = score >= self.threshold
             new, new_logp = sample_token(other + self.extrapolate * (other - own), top_p, u_other[row, step])
             self.replaced.update((row[fires] % n).tolist())
@@ -1852,6 +1852,21 @@ def write_alone(policy: Policy, who: str, problems: list[Problem], cfg: TokensCo
     return [r for seed in zip(*groups) for r in seed]
 
 
+def write_both(cfg: TokensConfig) -> tuple[dict[str, list[Rollout]], list[Problem], Any, float]:
+    """Responses of each model alone, one after the other in memory; the problems, the tokenizer, rounding's tolerance.
+
+    Prompts and EOS are the trained model's for both.
+    """
+    policy = Policy(cfg.trained, cfg)
+    eos, tokenizer, tolerance = policy.eos, policy.tokenizer, policy.tolerance
+    problems = encode_problems(cfg.data, policy, cfg)[: cfg.problems]
+    trained = write_alone(policy, "trained", problems, cfg)
+    del policy
+    policy = Policy(cfg.base, cfg)
+    policy.eos = eos
+    return {"base": write_alone(policy, "base", problems, cfg), "trained": trained}, problems, tokenizer, tolerance
+
+
 def run_tokens(cfg: TokensConfig) -> None:
     """Which tokens did RL change? Measures of both models' responses, token replacement, a token map; under --out."""
     check(cfg)
@@ -1861,19 +1876,10 @@ def run_tokens(cfg: TokensConfig) -> None:
         import matplotlib.pyplot  # noqa: F401, to learn now that it is missing, not after an hour
     require_same_tokens(cfg)
     out = make_folder(Path(cfg.out))
-    policy = Policy(cfg.trained, cfg)
-    eos, tokenizer, tolerance = policy.eos, policy.tokenizer, policy.tolerance
-    problems = encode_problems(cfg.data, policy, cfg)[: cfg.problems]  # both models get these prompts and this EOS
-    trained = write_alone(policy, "trained", problems, cfg)
-    del policy
-    policy = Policy(cfg.base, cfg)
-    policy.eos = eos
-    written = {"base": write_alone(policy, "base", problems, cfg), "trained": trained}
-    del policy
+    written, problems, tokenizer, tolerance = write_both(cfg)
     updated = last_update_of(cfg.trained)
-    measure([*written["base"], *trained, *updated], cfg)
+    measure([*written["base"], *written["trained"], *updated], cfg)
     require_true_scores(written, tolerance)
-
     found: dict[str, Any] = {"settings": dataclasses.asdict(cfg)}
     for who, rollouts in written.items():
         found[who] = summarize(rollouts, tokenizer)
