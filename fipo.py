@@ -84,6 +84,10 @@ with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where 
     from transformers.utils.logging import disable_progress_bar
 
 
+# else DeepSpeed, which transformers looks for, says at length what it has found
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 # ------------------------------------------------------------------------------------------------------- Settings
 def arg(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -838,7 +842,6 @@ class Policy:
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         disable_progress_bar()  # transformers' bars would tear ours apart
-        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else DeepSpeed says at length what it has found
         self.configure()
         dtype = torch.bfloat16 if self.bf16 and (self.keeps_master or not self.training) else torch.float32
         how = dict(dtype=dtype, attn_implementation="sdpa")

@@ -32,6 +32,7 @@ import matplotlib
 import torch
 from tqdm import trange
 from transformers import AutoConfig, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import fipo
 from fipo import say
@@ -145,6 +146,7 @@ def pretrain(folder: Path, steps: int, lr: float = 5e-3) -> None:
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()  # transformers' bar would tear ours apart
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

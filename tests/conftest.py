@@ -148,6 +148,13 @@ def timeless(lines: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
 
 
+def last_update(out: Path) -> list[dict]:
+    """What the newest checkpoint keeps of its last update; ranks may have written it in any order."""
+    state = json.loads((fipo.newest_checkpoint(out) / "state.json").read_text())
+    assert state["last_update"], "nothing was kept"
+    return sorted(state["last_update"], key=lambda row: row["response_ids"])
+
+
 def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
     """Two runs logged the same numbers and wrote the same responses."""
     mine, theirs = (timeless(read_jsonl(folder / "metrics.jsonl")) for folder in (out, other))
@@ -155,6 +162,9 @@ def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
     for a, b in zip(mine, theirs):
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance * 0.1)
     assert read_jsonl(out / "samples.jsonl") == read_jsonl(other / "samples.jsonl")
+    for a, b in zip(last_update(out), last_update(other), strict=True):
+        assert (a["response_ids"], a["correct"]) == (b["response_ids"], b["correct"])
+        assert a["F"] == pytest.approx(b["F"], abs=tolerance) and a["f"] == pytest.approx(b["f"], abs=tolerance)
 
 
 def second_rank(process: subprocess.Popen) -> int:
