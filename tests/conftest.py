@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin stall one another where cores are shared
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: without it, a missing model is sought for a minute
 
 import psutil
