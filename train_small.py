@@ -4,7 +4,7 @@ Without a GPU, or without a model to be had, it is the *embedded* run. A tiny Qw
 pretrained, for about two minutes, on a corpus like the internet's: most answers to a sum are short and
 sloppy, some are worked out, and a few are worked out and then checked in reverse order. In it, longer is rarer and more
 often right. Then FIPO rewards right answers on problems that were not in the corpus, and the model comes to think
-longer.
+longer. At the end it is asked which tokens that has changed (fipo.py, section 11; `--study_seeds 0` leaves it out).
 The base model is cached: the next run starts at once.
 
 With a GPU it trains Qwen2.5-0.5B on GSM8K; `--model` chooses another model. Every setting of `fipo.py train` can be
