@@ -104,7 +104,6 @@ class SharedConfig:
     max_response: int = arg(20480, "longest response in tokens")
     verifier: Literal["dapo", "math"] = arg("dapo", "dapo: the last 'Answer:' line, as text; math: math-verify")
     rollout_rows: int = arg(512, "responses a sampler is given at a time; what bounds the memory of rollouts")
-    tokens_per_micro_batch: int = arg(32768, "padded tokens per pass of scoring or updating")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "compute dtype; auto: bfloat16 on a GPU that has it")
 
 
@@ -116,6 +115,7 @@ class TokensConfig(SharedConfig):
     trained: str = arg("", "the same model after training, as OUT/checkpoints/step_…")
     problems: int = arg(128, "problems taken from --data, from its start")
     seeds: int = arg(3, "responses per problem; spreads are taken over them")
+    tokens_per_micro_batch: int = arg(32768, "padded tokens per forward pass of scoring")
     replacement: bool = arg(True, "do token replacement, which needs both models in memory at once")
     extrapolate: float = arg(0.1, "γ of the extrapolation (1 + γ) log π_RL − γ log π_base")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("float32", "compute dtype; bfloat16's rounding shows in Δlog p")
@@ -164,6 +164,7 @@ class Config(EvalConfig):
     warmup_steps: int = arg(10, "linear warm-up, in rollout batches")
     weight_decay: float = arg(0.1, "AdamW weight decay")
     grad_clip: float = arg(1.0, "largest gradient norm")
+    tokens_per_micro_batch: int = arg(32768, "padded tokens per forward and backward pass")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, more time")
     deepspeed: str = arg("", "DeepSpeed's JSON file, as ds_config.json; none: plain torch, one process")
     offload: bool = arg(False, "DeepSpeed: optimiser and parameters live in the hosts' memory")
@@ -669,6 +670,11 @@ def response_hidden(model: Any, input_ids: torch.Tensor,
     return hidden[:, :-1][target], input_ids[:, 1:][target]
 
 
+def entropy(p: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of log-probs, [N, V] -> [N]."""
+    return -(p.exp() * p).sum(-1)
+
+
 def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Tensor, temperature: float = 1.0,
                    chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """log π(o_t | o_<t) of the response tokens and the entropy of π there, in nats. Differentiable in the first.
@@ -685,8 +691,8 @@ def token_logprobs(model: Any, input_ids: torch.Tensor, response_mask: torch.Ten
         logits = torch.nn.functional.linear(h, head.weight, head.bias)  # not head(h), which ZeRO-3 would gather anew
         logp = (logits.float() / temperature).log_softmax(-1)  # [chunk, V]
         with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1)
-        return logp.gather(1, token[:, None])[:, 0], entropy
+            H = entropy(logp)
+        return logp.gather(1, token[:, None])[:, 0], H
 
     parts = [checkpoint(score, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), tokens.split(chunk))]
     grid = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -1493,6 +1499,10 @@ def together(deepspeed: str) -> Iterator[None]:
         hosts.cache_clear()
 
 
+def require_one_process(command: str) -> None:
+    require(os.environ.get("WORLD_SIZE", "1") == "1", f"fipo.py {command} is one process: start it without a launcher.")
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("", 0))
@@ -1529,10 +1539,6 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def js_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     middle = torch.logaddexp(p, q) - math.log(2)
     return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
-
-
-def entropy(p: torch.Tensor) -> torch.Tensor:
-    return -(p.exp() * p).sum(-1)
 
 
 # from the log-probs of both models [N, V] and the tokens that stand there [N]
@@ -1874,7 +1880,7 @@ def run_tokens(cfg: TokensConfig) -> None:
     """Which tokens did RL change? Measures of both models' responses, token replacement, a token map; under --out."""
     check(cfg)
     require(cfg.out, "--out is missing: give the folder for numbers and pictures.")
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "fipo.py tokens is one process: start it without a launcher.")
+    require_one_process("tokens")
     with explain("importing matplotlib (pip install -r requirements.txt)"):
         import matplotlib.pyplot  # noqa: F401, to learn now that it is missing, not after an hour
     require_same_tokens(cfg)
@@ -1910,7 +1916,7 @@ def run_tokens(cfg: TokensConfig) -> None:
 def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "fipo.py eval is one process: start it without a launcher.")
+    require_one_process("eval")
     policy = Policy(cfg.model, cfg)
     problems = encode_problems(cfg.data, policy, cfg)
     measured, groups = evaluate(open_sampler(policy), problems, cfg)

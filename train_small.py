@@ -243,7 +243,8 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
 def study_tokens(cfg: fipo.Config, seeds: int, embedded: bool) -> None:
     """The closing act: which tokens did this run change? Token replacement only if both models are tiny."""
     say("\nwhich tokens did RL change?")
-    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(fipo.SharedConfig) if f.name != "dtype"}
+    names = {f.name for f in dataclasses.fields(fipo.SharedConfig)} | {"tokens_per_micro_batch"}
+    shared = {name: getattr(cfg, name) for name in names - {"dtype"}}  # float32: rounding would look like a change
     out, trained = Path(cfg.out) / "tokens", fipo.newest_checkpoint(Path(cfg.out))
     less = {} if embedded else dict(problems=32, replacement=False)
     how = shared | dict(base=cfg.model, trained=str(trained), data=cfg.eval_data or cfg.data, out=str(out), seeds=seeds)

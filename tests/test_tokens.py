@@ -399,7 +399,7 @@ def test_one_model_is_in_memory_at_a_time(cfg, tmp_path, monkeypatch):
     fipo.run_tokens(dataclasses.replace(cfg, out=str(tmp_path / "o"), problems=2, replacement=False))
 
 
-def test_prompts_and_eos_are_the_trained_models_for_both(cfg, trained, tmp_path):
+def test_prompts_and_eos_are_the_trained_models_for_both(cfg, trained, tmp_path, monkeypatch):
     """An EOS and a chat template that only the trained model has: base responses follow them, and never stays never."""
     other = tmp_path / "other"
     shutil.copytree(trained, other)
@@ -414,6 +414,21 @@ def test_prompts_and_eos_are_the_trained_models_for_both(cfg, trained, tmp_path)
     assert not any("," in "".join(row["tokens"][:-1]) for row in found["token_map"] if "written" in row["caption"])
     first = next(row for row in found["replacement"] if (row["writer"], row["criterion"]) == ("base", "delta_logp"))
     assert sum(first["fraction"]) / cfg.seeds < 0.2
+
+    class Never(ReplacingSampler):
+        def generate(self, *args):
+            self.threshold = math.inf
+            groups = super().generate(*args)
+            texts.append((self.writer, sorted(ids(groups))))
+            return groups
+
+    texts = []
+    written, problems, *_ = fipo.write_both(cfg)
+    fipo.measure(written["base"] + written["trained"], cfg)
+    monkeypatch.setattr(fipo, "ReplacingSampler", Never)
+    fipo.replace_tokens(problems, written, cfg)
+    assert {writer for writer, _ in texts} == {"base", "trained"}
+    assert all(text == sorted(list(r.response_ids) for r in written[writer]) for writer, text in texts)
 
 
 def fails(given: list[str], capsys, match: str) -> None:
