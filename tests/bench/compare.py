@@ -203,7 +203,7 @@ def draw(families: dict[str, dict[int, dict]], curves: dict[str, list[dict]], pa
         for name, label in NAMES.items():
             runs = [curves[r["run"]] for r in families.get(f"{task}-{name}", {}).values()]
             for axes, key in zip(row, ("eval/accuracy", "eval/response_length")):
-                if runs:
+                if len(runs) > 1:
                     spread = [interval([x[key] for x in points]) for points in zip(*runs)]
                     steps = [x["step"] for x in runs[0]]
                     (line,) = axes.plot(steps, [m for m, _ in spread], label=label)
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
     elif argv[:1] == ["run"]:
         wanted = [{"name": name, **how} for name, how in plan().items() if how["group"] in (argv[1:] or [how["group"]])]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda how: run(**how), wanted))
+            list(pool.map(lambda how: run(**how), sorted(wanted, key=lambda how: how["seed"])))
     elif argv == ["report"]:
         report()
     else:
