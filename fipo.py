@@ -74,6 +74,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, ClassVar, Literal
 
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit("fipo: this is Python {}.{}: Python 3.11 or newer is needed.".format(*sys.version_info))
+
 import torch
 from torch import distributed
 from torch.utils.checkpoint import checkpoint
@@ -83,7 +86,7 @@ with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
     from transformers.utils.logging import disable_progress_bar
 
-
+__version__ = "0.1.0"
 # else DeepSpeed, which transformers looks for, says at length what it has found
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -844,8 +847,10 @@ class Policy:
     def __init__(self, path: str, cfg: SharedConfig):
         self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
-        gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
+        gpu = self.device.type == "cuda"
+        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        require(bf16 or not gpu or cfg.dtype != "bfloat16", "this GPU has no bfloat16: give --dtype float32.")
+        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bf16)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         disable_progress_bar()  # transformers' bars would tear ours apart
         self.configure()
@@ -1222,7 +1227,7 @@ def train(cfg: Config) -> None:
     make_folder(out)
     with together(cfg.deepspeed):
         resumed = everywhere(newest_checkpoint(out) if cfg.resume else None)[0]
-        if used and not resumed:
+        if cfg.resume and not resumed:
             say(f"{out} has no checkpoint yet: starting anew")
         require(not resumed or (resumed / "deepspeed").is_dir() == bool(cfg.deepspeed), f"{resumed} was written with "
                 f"the other engine: {'leave out' if cfg.deepspeed else 'give'} --deepspeed, or start anew from its "

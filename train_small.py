@@ -289,11 +289,29 @@ def hub_has(model: str) -> bool:
     return True
 
 
+HELP = f"""usage: python train_small.py [--SETTING VALUE …]
+
+Without a GPU: a tiny Qwen2 learns to think longer, on sums of digits, within minutes.
+With one: Qwen2.5-0.5B on GSM8K. The settings a person wants first:
+
+  --algorithm  fipo (default), dapo or grpo
+  --model      another model: a folder or a hub name; trained on GSM8K or --data
+  --data       problems: a .jsonl, .json or .parquet file, or a hub name
+  --steps      batches of rollouts to train on (embedded: {EMBEDDED["steps"]}, else {QWEN["steps"]})
+  --seed       of sampling and mini-batches (default: 0)
+  --out        folder of the run (default: runs/ALGORITHM-SEED); --resume goes on with it
+
+All settings of `python fipo.py train --help` can be given too, and two more:
+  --pretrain_steps  of making the embedded base model (default: 1000)
+  --study_seeds     of the token study at the end (default: 3; 0: none)
+"""
+
+
 def parser() -> HfArgumentParser:
-    usage = "python train_small.py [--help] [--SETTING VALUE …]"
-    parser = HfArgumentParser(fipo.Config, usage=usage, description=__doc__, allow_abbrev=False)
-    parser.add_argument("--pretrain_steps", type=int, default=1000, help="embedded run: steps of making the base model")
-    parser.add_argument("--study_seeds", type=int, default=3, help="seeds of the token study at the end; 0: none")
+    parser = HfArgumentParser(fipo.Config, allow_abbrev=False)
+    parser.format_help = lambda: HELP  # argparse's would fill three screens
+    parser.add_argument("--pretrain_steps", type=int, default=1000)
+    parser.add_argument("--study_seeds", type=int, default=3)
     return parser
 
 
@@ -314,7 +332,8 @@ def run(argv: list[str]) -> None:
     gpu, embedded = torch.cuda.is_available(), False
     if given.model or (gpu and hub_has(QWEN["model"])):
         defaults = QWEN | ({"model": given.model} if given.model else {})
-        say(f"{defaults['model']} on GSM8K, on {'a GPU' if gpu else 'the CPU, which will be slow'}")
+        where = "a GPU" if gpu else "the CPU, which will be slow"
+        say(f"{defaults['model']} on {given.data or 'GSM8K'}, on {where}")
     else:
         say(f"embedded run: a tiny Qwen2 on sums of digits ({'the hub cannot be reached' if gpu else 'no GPU here'})")
         defaults, embedded = embedded_run(out, given.pretrain_steps), True

@@ -210,10 +210,21 @@ def test_grpo_in_the_embedded_run_is_grpo():
     assert fipo.resolve(cfg).overlong_buffer == train_small.EMBEDDED["overlong_buffer"]
 
 
+def test_the_readme_links_to_the_lines_it_names():
+    lines = (ROOT / "fipo.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(fipo\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 15
+    wrong = {n: at for n, at in links if not re.match(rf"(def|class) {n}\b", lines[int(at) - 1])}
+    assert not wrong
+
+
 def test_train_small_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train_small.main(["--help"])
-    assert stop.value.code == 0 and "embedded" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= 90
+    named = re.findall(r"^  --(\w+)", text, re.M)
+    assert len(named) == 8 and set(named) <= set(vars(train_small.parser().parse_args([])))
 
 
 def test_held_out_problems_are_neither_in_the_corpus_nor_trained_on():
