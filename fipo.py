@@ -1483,7 +1483,8 @@ def together(deepspeed: str) -> Iterator[None]:
         import deepspeed as ds
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    ds.init_distributed(verbose=False)
+    with explain("starting DeepSpeed, which compiles an extension at its first start (are g++ and ninja installed?),"):
+        ds.init_distributed(verbose=False)
     barrier()
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{rank()}"):
         left.unlink()  # on CPUs; all ranks have opened it by now, and DeepSpeed would leave 69 MB there for ever
