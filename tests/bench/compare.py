@@ -202,7 +202,8 @@ def compared_with(family: str) -> str | None:
 def draw(families: dict[str, dict[int, dict]], curves: dict[str, list[dict]], path: Path) -> None:
     """Mean over seeds and its 95 % interval: accuracy and length, of the embedded task and of the longer one."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    for row, task, title in zip(panels, ("main", "long"), ("embedded task, 10 seeds", "longer horizon, 5 seeds")):
+    for row, task, title in zip(panels, ("main", "long"), ("embedded task", "longer horizon")):
+        title += f", {len(families.get(f'{task}-dapo', {}))} seeds"
         for name, label in NAMES.items():
             runs = [curves[r["run"]] for r in families.get(f"{task}-{name}", {}).values()]
             for axes, key in zip(row, ("eval/accuracy", "eval/response_length")):
