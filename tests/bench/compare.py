@@ -4,7 +4,7 @@ python tests/bench/compare.py run [GROUP …]   # what is not done yet, into run
 python tests/bench/compare.py report          # assets/results/compare.csv and compare.json, assets/compare.png
 
 GROUP: tune (learning rates), main, range, tau, updates, without_m, long; all by default. A run takes 2.5 minutes on one
-core, all of them five hours on two. The learning rate is decided by `tune`, for each algorithm and on seeds of its own;
+core, all of them about three hours on two. The learning rate is decided by `tune`, for each algorithm and on seeds of its own;
 all else are the paper's values, but for what an ablation changes.
 """
 
@@ -208,7 +208,7 @@ def draw(families: dict[str, dict[int, dict]], curves: dict[str, list[dict]], pa
             runs = [curves[r["run"]] for r in families.get(f"{task}-{name}", {}).values()]
             for axes, key in zip(row, ("eval/accuracy", "eval/response_length")):
                 if len(runs) > 1:
-                    spread = [interval([x[key] for x in points]) for points in zip(*runs)]
+                    spread = [interval([x[key] for x in at_step]) for at_step in zip(*runs)]
                     steps = [x["step"] for x in runs[0]]
                     (line,) = axes.plot(steps, [m for m, _ in spread], label=label)
                     axes.fill_between(steps, [m - w for m, w in spread], [m + w for m, w in spread], alpha=0.2,
