@@ -4,11 +4,10 @@ python tests/bench/compare.py run [GROUP …]   # what is not done yet, into run
 python tests/bench/compare.py report          # assets/results/compare.csv and compare.json, assets/compare.png
 
 GROUP: tune (learning rates), main, range, tau, updates, without_m, long; all by default. A run takes 2.5 minutes on one
-core, all of them about three hours on two. The learning rate is decided by `tune`, for each algorithm and on seeds of its own;
-all else are the paper's values, but for what an ablation changes.
+core, all of them about three hours on two. The learning rate is decided by `tune`, for each algorithm and on seeds of
+its own; all else are the paper's values, but for what an ablation changes.
 """
 
-import csv
 import json
 import math
 import os
@@ -20,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).parents[2]
+from results import ROOT, write_csv
+
 sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt  # noqa: E402
@@ -162,10 +162,7 @@ def report() -> None:
     runs = {name: how for name, how in plan().items() if (RUNS / name / "done").exists()}
     curves = {name: curve(name) for name in runs}
     rows = [{"run": name, **how, **summary(curves[name])} for name, how in runs.items()]
-    with open(ROOT / "assets" / "results" / "compare.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv("compare.csv", rows)
     families: dict[str, dict[int, dict]] = {}
     for row in rows:
         families.setdefault(row["family"], {})[row["seed"]] = row

@@ -3,17 +3,15 @@
 python tests/bench/future_kl.py     # writes assets/results/future_kl.csv; about two minutes, 7 GB
 """
 
-import csv
 import functools
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
+from results import ROOT, write_csv
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from fipo import future_kl  # noqa: E402
@@ -97,12 +95,7 @@ def main() -> None:
             row |= {f"{what}_over_scan": row[what] / scan[what] for what in ("seconds", "peak_bytes")}
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
             rows.append(row)
-    path = ROOT / "assets" / "results" / "future_kl.csv"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv("future_kl.csv", rows)
 
 
 if __name__ == "__main__":

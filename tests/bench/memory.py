@@ -8,18 +8,16 @@ Each case is a process of its own; its peak is the largest resident set, less wh
 all 24 layers at 20,480 tokens with gradient checkpointing; its peak is that of the process, weights and gradients too.
 """
 
-import csv
 import json
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
+from results import ROOT, write_csv
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from fipo import token_logprobs  # noqa: E402
@@ -62,10 +60,7 @@ def main(which: str) -> None:
             done = subprocess.run(words, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout))
             print(rows[-1], flush=True)
-    with open(ROOT / "assets" / "results" / f"{which}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(f"{which}.csv", rows)
 
 
 if __name__ == "__main__":

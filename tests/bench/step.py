@@ -11,7 +11,6 @@ gradient checkpointing; this project passes of 2048 tokens. (Beside other work, 
 and steadier.)
 """
 
-import csv
 import json
 import os
 import resource
@@ -25,7 +24,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parents[2]
+from results import ROOT, write_csv
+
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -185,11 +185,7 @@ def main(argv: list[str]) -> None:
                       for kind in kinds]  # fmt: skip
             print(f"{workload}: {' : '.join(kinds)} = {speeds[0]:.0f} : {speeds[1]:.0f} samples/s = "
                   f"{speeds[0] / speeds[1]:.2f}", flush=True)  # fmt: skip
-    name = "step_vllm.csv" if argv == ["vllm"] else "step.csv"
-    with open(ROOT / "assets" / "results" / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv("step_vllm.csv" if argv == ["vllm"] else "step.csv", rows)
 
 
 if __name__ == "__main__":
