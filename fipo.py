@@ -11,12 +11,12 @@ reinforced future count more. The sections below follow the data:
   5. Advantages  A_i = (R_i − mean R) / (std R + 1e-6) over the group; groups that are all
                  right or all wrong teach nothing and are sampled again (dynamic sampling)   group_advantages
   6. Δlog p      Δ_t = log π_θ(o_t) − log π_old(o_t), ratio r_t = exp Δ_t                    token_logprobs
-  7. Future-KL   F_t = Σ_{k≥t} γ^(k−t) M_k Δ_k,  γ = 2^(−1/τ),  M_k = 1[r_k ≤ c]             future_kl
-  8. Loss        Ã_t = A·clip(exp F_t, lo, hi), then PPO's clipped objective with Ã_t for A,
+  7. Future-KL   F_t = Σ_{k≥t} γ^(k−t) M_k Δ_k,  γ = 2^(−1/τ),  M_k = 1[r_k ≤ 10]            future_kl
+  8. Loss        Ã_t = A·clip(exp F_t, 1, 1.2), then PPO's clipped objective with Ã_t for A,
                  averaged over all response tokens of the mini-batch                         fipo_loss
   9. Update      several AdamW steps on one batch of rollouts, one per mini-batch            Policy, DeepSpeedPolicy
- 10. The loop and evaluation; then checkpoints, signals and ranks                            train, evaluate
- 11. Afterwards which tokens did RL change? Δlog p = log π_RL − log π_base tells             measure, replace_tokens
+ 10. Loop        3 to 9 until done; evaluation, checkpoints, signals, ranks                  train, evaluate
+ 11. Afterwards  which tokens did RL change? Δlog p = log π_RL − log π_base tells            measure, replace_tokens
 
 At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO. FIPO acts only because one batch of rollouts
 feeds several updates. DAPO is FIPO with f ≡ 1; GRPO is DAPO with a symmetric clip, no dual clip, a mean per response,
@@ -1011,18 +1011,18 @@ def score_old_logp(policy: Policy, minis: list[list[Rollout]]) -> dict[str, floa
     """
     policy.model.eval()
     passes = [part for mini in minis for part in my_passes(mini, policy.cfg.tokens_per_micro_batch)]
-    entropy, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for mini in minis for r in mini)
+    uncertainty, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for mini in minis for r in mini)
     for part in progress(passes, desc="score"):
         ids, mask, _, _ = collate(part, policy.device)
         logp, H = policy.logprobs(ids, mask)
-        entropy += H.sum().item() / tokens
+        uncertainty += H.sum().item() / tokens
         for r, row in zip(part, split(logp[mask], part)):
             r.old_logp = row
             mismatch += (row - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
-    entropy, mismatch = (sum(values) for values in zip(*everywhere((entropy, mismatch))))
+    uncertainty, mismatch = (sum(values) for values in zip(*everywhere((uncertainty, mismatch))))
     require(mismatch <= policy.tolerance, "the sampler holds other weights than the trainer, or computes them "
             f"otherwise: log-probs differ by {mismatch:.2g} a token, more than {policy.tolerance:g}.")  # fmt: skip
-    return {"entropy": entropy, "sampler_mismatch": mismatch}
+    return {"entropy": uncertainty, "sampler_mismatch": mismatch}
 
 
 def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: float, first: bool) -> dict[str, float]:
@@ -1107,7 +1107,7 @@ def update(policy: Policy, minis: list[list[Rollout]], cfg: Config, step: int) -
     return {names.get(name, name.replace("influence_", "influence/")): value for name, value in logged.items()}
 
 
-# ----------------------------------------------------------------------------------------- 10. Loop and evaluation
+# --------------------------------------------------------------------------------------------------------- 10. Loop
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -1534,7 +1534,7 @@ def watch(store: Any, over: threading.Event) -> None:
             give_up(f"nothing heard of {', '.join(silent)} for 20 s")
 
 
-# ----------------------------------------------------------------------------------- 11. Which tokens did RL change?
+# ----------------------------------------------------------------------- 11. Afterwards: which tokens did RL change?
 # Δlog p = log π_RL − log π_base of a token, signed, against measures without a sign (arXiv 2603.22117); all in nats,
 # at temperature 1, over the whole vocabulary. This Δ spans all of training, that of section 6 the updates of a batch.
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
