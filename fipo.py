@@ -453,7 +453,7 @@ class HFSampler:
 
     ranks = 1  # that work on the same responses
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy) -> None:
         self.policy = policy
         require(not policy.sharded, "--sampler hf cannot read a model that ZeRO-3 has cut into shards: install vllm,"
                 " or set the stage in the --deepspeed file to 2 or less.")  # fmt: skip
@@ -481,7 +481,7 @@ class HFSampler:
 class VLLMSampler:
     """Samples with vLLM, in this process: an engine for every `tensor_parallel` ranks, with weights of its own."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy) -> None:
         cfg, self.policy, self.gpu = policy.cfg, policy, policy.device.type == "cuda"
         tp, heads = cfg.tensor_parallel, policy.model.config.num_attention_heads
         joined = bool(getattr(cfg, "deepspeed", ""))  # else, in evaluation, vLLM starts its processes itself
@@ -844,7 +844,7 @@ class Policy:
     sharded = False  # has no rank all the weights?
     keeps_master = False  # has the optimiser float32 weights of its own?
 
-    def __init__(self, path: str, cfg: SharedConfig):
+    def __init__(self, path: str, cfg: SharedConfig) -> None:
         self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         gpu = self.device.type == "cuda"
@@ -921,7 +921,7 @@ class Policy:
 class Scorer(torch.nn.Module):
     """token_logprobs as a module, for DeepSpeed's engine to call."""
 
-    def __init__(self, model: Any, temperature: float):
+    def __init__(self, model: Any, temperature: float) -> None:
         super().__init__()
         self.model, self.temperature = model, temperature
 
@@ -1107,7 +1107,7 @@ def update(policy: Policy, minis: list[list[Rollout]], cfg: Config, step: int) -
     return {names.get(name, name.replace("influence_", "influence/")): value for name, value in logged.items()}
 
 
-# --------------------------------------------------------------------------------------------------------- 10. Loop
+# ------------------------------------------------------------------------------------------------------- 10. Loop
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -1295,7 +1295,7 @@ def majority_correct(group: list[Rollout], verifier: str) -> bool:
     return bool(votes) and max(votes.values(), key=len)[0].correct
 
 
-# ------------------------------------------------------------------------------------ Checkpoints, logs and signals
+# ---------------------------------------------------------------------------------- Checkpoints, logs and signals
 @dataclass
 class State:
     """Where a run stands between two steps: with weights and optimiser, all that resuming needs."""
@@ -1534,7 +1534,7 @@ def watch(store: Any, over: threading.Event) -> None:
             give_up(f"nothing heard of {', '.join(silent)} for 20 s")
 
 
-# ----------------------------------------------------------------------- 11. Afterwards: which tokens did RL change?
+# -------------------------------------------------------------------- 11. Afterwards: which tokens did RL change?
 # Δlog p = log π_RL − log π_base of a token, signed, against measures without a sign (arXiv 2603.22117); all in nats,
 # at temperature 1, over the whole vocabulary. This Δ spans all of training, that of section 6 the updates of a batch.
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -1662,7 +1662,7 @@ class ReplacingSampler:
     ranks = 1
 
     def __init__(self, pair: dict[str, Policy], writer: Literal["base", "trained"], criterion: str, threshold: float,
-                 extrapolate: float = 0.0):  # fmt: skip
+                 extrapolate: float = 0.0) -> None:  # fmt: skip
         self.pair, self.policy, self.writer = [pair["base"], pair["trained"]], pair[writer], writer
         self.criterion, self.threshold = criterion, threshold
         self.extrapolate = extrapolate if criterion == "extrapolated" else 0.0
@@ -1918,7 +1918,7 @@ def run_tokens(cfg: TokensConfig) -> None:
     say(f"numbers, token map and pictures: {out}")
 
 
-# ------------------------------------------------------------------------------------------------ The command line
+# ----------------------------------------------------------------------------------------------- The command line
 def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)

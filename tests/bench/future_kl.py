@@ -7,6 +7,7 @@ import functools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from results import ROOT, write_csv
@@ -51,7 +52,7 @@ def in_float64(delta: torch.Tensor, tau: float) -> torch.Tensor:
     return F
 
 
-def seconds(run, repeats: int) -> float:
+def seconds(run: Callable[[], object], repeats: int) -> float:
     """Median time of one call."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     run(), wait()
@@ -63,7 +64,7 @@ def seconds(run, repeats: int) -> float:
     return statistics.median(times)
 
 
-def peak_bytes(run) -> int:
+def peak_bytes(run: Callable[[], object]) -> int:
     """Most bytes of tensors alive at once during one call, without those that were there before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

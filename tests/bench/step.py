@@ -23,6 +23,7 @@ import zlib
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from results import ROOT, write_csv
 
@@ -84,7 +85,7 @@ def run_fipo(folder: Path, workload: str, sampler: str) -> dict[str, float]:
     )  # fmt: skip
     starts, train_step = [], fipo.train_step
 
-    def timed(*given):
+    def timed(*given: Any) -> None:
         starts.append(time.perf_counter())
         train_step(*given)
 
@@ -108,25 +109,25 @@ def run_trl(folder: Path, workload: str) -> dict[str, float]:
     lengths: list[int] = []
     verify = by_chance if workload == "equal" else fipo.verify
 
-    def reward(completions, answer, completion_ids, **_):
+    def reward(completions: list[str], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         lengths.extend(map(len, completion_ids))
         return [1.0 if verify(c, a) else -1.0 for c, a in zip(completions, answer)]
 
     class Timed(GRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
             starts.append(time.perf_counter())
             result = super()._generate_and_score_completions(inputs)
             spent["generation"] += time.perf_counter() - starts[-1]
             return result
 
-        def _get_per_token_logps_and_entropies(self, *given, **how):
+        def _get_per_token_logps_and_entropies(self, *given: Any, **how: Any) -> Any:
             start = time.perf_counter()
             result = super()._get_per_token_logps_and_entropies(*given, **how)
             if not torch.is_grad_enabled():
                 spent["scoring"] += time.perf_counter() - start
             return result
 
-        def training_step(self, *given):
+        def training_step(self, *given: Any) -> Any:
             if len(starts) == 1 and self.state.global_step == UPDATES:  # warm from here
                 spent.update(generation=0.0, scoring=0.0)
                 lengths.clear()
@@ -146,7 +147,7 @@ def run_trl(folder: Path, workload: str) -> dict[str, float]:
     before, measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
     generate = trainer._generate_and_score_completions
 
-    def last(inputs):  # the batch behind the last measured one only ends the clock
+    def last(inputs: Any) -> Any:  # the batch behind the last measured one only ends the clock
         if len(starts) == STEPS + 1:
             measured.update({name: value / STEPS for name, value in spent.items()}, length=sum(lengths) / len(lengths))
         return generate(inputs)
