@@ -254,3 +254,9 @@ def test_vllm_that_is_not_installed_is_told(small, capsys):
     fails(
         ["train", *flags(dataclasses.replace(small, sampler="vllm"))], capsys, "pip install .* vllm==.* No module named"
     )
+
+
+def test_an_old_python_gets_one_sentence():
+    code = "import sys; sys.version_info = (3, 10, 9); import fipo"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "fipo: this is Python 3.10: Python 3.11 or newer is needed.\n")
