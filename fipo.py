@@ -1011,18 +1011,18 @@ def score_old_logp(policy: Policy, minis: list[list[Rollout]]) -> dict[str, floa
     """
     policy.model.eval()
     passes = [part for mini in minis for part in my_passes(mini, policy.cfg.tokens_per_micro_batch)]
-    uncertainty, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for mini in minis for r in mini)
+    mean_entropy, mismatch, tokens = 0.0, 0.0, sum(len(r.response_ids) for mini in minis for r in mini)
     for part in progress(passes, desc="score"):
         ids, mask, _, _ = collate(part, policy.device)
         logp, H = policy.logprobs(ids, mask)
-        uncertainty += H.sum().item() / tokens
+        mean_entropy += H.sum().item() / tokens
         for r, row in zip(part, split(logp[mask], part)):
             r.old_logp = row
             mismatch += (row - torch.tensor(r.sampler_logp)).abs().sum().item() / tokens
-    uncertainty, mismatch = (sum(values) for values in zip(*everywhere((uncertainty, mismatch))))
+    mean_entropy, mismatch = (sum(values) for values in zip(*everywhere((mean_entropy, mismatch))))
     require(mismatch <= policy.tolerance, "the sampler holds other weights than the trainer, or computes them "
             f"otherwise: log-probs differ by {mismatch:.2g} a token, more than {policy.tolerance:g}.")  # fmt: skip
-    return {"entropy": uncertainty, "sampler_mismatch": mismatch}
+    return {"entropy": mean_entropy, "sampler_mismatch": mismatch}
 
 
 def update_mini_batch(policy: Policy, mini: list[Rollout], cfg: Config, lr: float, first: bool) -> dict[str, float]:
