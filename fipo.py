@@ -49,9 +49,11 @@ import contextlib
 import dataclasses
 import functools
 import html
+import importlib.metadata
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -77,11 +79,16 @@ from typing import Any, ClassVar, Literal
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("fipo: this is Python {}.{}: Python 3.11 or newer is needed.".format(*sys.version_info))
 
-import torch
-from torch import distributed
-from torch.utils.checkpoint import checkpoint
+try:
+    import torch
+    from torch import distributed
+    from torch.utils.checkpoint import checkpoint
+except ImportError as missing:
+    sys.exit(f"fipo: {missing}: activate the environment, or pip install -r requirements.txt.")
 
 with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where there is only torch
+    from huggingface_hub.utils import enable_progress_bars
+    from packaging.requirements import Requirement
     from tqdm import tqdm
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
     from transformers.utils.logging import disable_progress_bar
@@ -272,9 +279,6 @@ def resolve(cfg: Config) -> Config:
     require(cfg.clip_low < 1, f"--clip_low is {cfg.clip_low}: it must be below 1.")
     require(cfg.dynamic_sampling or cfg.prompts_per_round == batch,
             "--prompts_per_round needs --dynamic_sampling true: leave one of the two out.")  # fmt: skip
-    if batch == mini and bounds[0] < bounds[1]:
-        say("warning: one update per batch of rollouts, so Δlog p is always 0 and FIPO is just DAPO: "
-            "lower --prompts_per_mini_batch to let it act.")  # fmt: skip
     return cfg
 
 
@@ -309,6 +313,7 @@ def load_problems(source: str) -> list[Problem]:
     import datasets  # here, not above: it takes seconds, and the loss is imported without it
 
     datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # explain tells what it would
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     require(kind or not Path(source).exists(), f"{source} is not a .jsonl, .json or .parquet file.")
     require(not kind or Path(source).is_file(), f"there is no file {source}.")
@@ -331,6 +336,9 @@ def load_problems(source: str) -> list[Problem]:
         answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
         answer = "" if answer is None else str(answer).split("####")[-1].strip()
         require(prompt and answer, f"{source}: row {i + 1} has no {tell if prompt else ask}: mend or remove it.")
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        sound = all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages)
+        require(sound, f"{source}: row {i + 1} has a {ask} that is neither text nor chat messages: mend or remove it.")
         if ask != "prompt":
             prompt = [{"role": "user", "content": QUESTION.format(question=prompt)}]
         problems.setdefault(json.dumps(prompt, sort_keys=True), Problem(prompt, answer))
@@ -835,7 +843,9 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
 
 
 def place_of(model: str) -> str:
-    return repr(model) if os.path.isdir(model) else f"{model!r} (no such folder, so sought on the hub)"
+    if os.path.isdir(model):
+        return f"{model!r} (are its files all there, and whole?)"
+    return f"{model!r} (no such folder, so sought on the hub: is the name right, and the hub within reach?)"
 
 
 class Policy:
@@ -853,6 +863,9 @@ class Policy:
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bf16)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         disable_progress_bar()  # transformers' bars would tear ours apart
+        enable_progress_bars()  # but a download may take long, and its bar has the screen for itself
+        if not os.path.isdir(path):
+            say(f"{path} is no folder here: seeking it on the hub")
         self.configure()
         dtype = torch.bfloat16 if self.bf16 and (self.keeps_master or not self.training) else torch.float32
         how = dict(dtype=dtype, attn_implementation="sdpa")
@@ -1224,6 +1237,9 @@ def train(cfg: Config) -> None:
     out, state, track = Path(cfg.out), State(), lambda line, step: None
     used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
     require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
+    if cfg.prompts_per_batch == cfg.prompts_per_mini_batch and cfg.weight_range[0] < cfg.weight_range[1]:
+        say("warning: one update per batch of rollouts, so Δlog p is always 0 and FIPO is just DAPO: "
+            "lower --prompts_per_mini_batch to let it act.")  # fmt: skip
     make_folder(out)
     with together(cfg.deepspeed):
         resumed = everywhere(newest_checkpoint(out) if cfg.resume else None)[0]
@@ -1383,14 +1399,14 @@ def log_samples(cfg: Config, step: int, kind: str, groups: list[list[Rollout]]) 
 
 
 def readable(line: dict[str, float]) -> str:
-    text = f"step {line['step']:4d}"
+    parts = []
     if "accuracy" in line:
-        text += (f"  accuracy {line['accuracy']:5.1%}  length {line['response_length/mean']:6.1f}  "
-                 f"f {line['influence/last']:.3f}  clip {line['clip_frac']:5.2%}  entropy {line['entropy']:.3f}  "
-                 f"grad {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+        parts.append(f"accuracy {line['accuracy']:5.1%}  length {line['response_length/mean']:6.1f}  "
+                     f"f {line['influence/last']:.3f}  clip {line['clip_frac']:5.2%}  entropy {line['entropy']:.3f}  "
+                     f"grad {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
     if "eval/accuracy" in line:
-        text += f"  | evaluation: accuracy {line['eval/accuracy']:.1%}, length {line['eval/response_length']:.1f}"
-    return text
+        parts.append(f"evaluation: accuracy {line['eval/accuracy']:.1%}, length {line['eval/response_length']:.1f}")
+    return f"step {line['step']:4d}  " + f"\n{'':11}".join(parts)
 
 
 class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except Exception` on the way swallows it
@@ -1923,6 +1939,8 @@ def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)
     require_one_process("eval")
+    require(not (cfg.out and (Path(cfg.out) / "eval.json").exists()), f"{cfg.out} holds an evaluation: choose another"
+            " --out, or remove its eval.json and responses.jsonl.")  # fmt: skip
     policy = Policy(cfg.model, cfg)
     problems = encode_problems(cfg.data, policy, cfg)
     measured, groups = evaluate(open_sampler(policy), problems, cfg)
@@ -1933,7 +1951,6 @@ def run_eval(cfg: EvalConfig) -> None:
     if cfg.out:
         out = make_folder(Path(cfg.out))
         (out / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | measured, indent=2))
-        (out / "responses.jsonl").unlink(missing_ok=True)
         append_jsonl(out / "responses.jsonl", [sample_row(r) for group in groups for r in group])
 
 
@@ -1966,14 +1983,29 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
-def main(argv: list[str]) -> None:
+def begin() -> None:
+    """Before any command: fit the output to the terminal, and name packages that are missing or of another version."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # not every terminal knows τ
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # that a hub is out of reach is told once, at the end
+    if "transformers" not in sys.modules:
+        sys.exit("fipo: transformers or tqdm is not installed: pip install -r requirements.txt")
+    listed, strange = Path(__file__).with_name("requirements.txt"), []
+    for wanted in map(Requirement, re.findall(r"(?m)^\w[^#\n]*", listed.read_text()) if listed.exists() else []):
+        found = next((d.version for d in importlib.metadata.distributions(name=wanted.name)), "")
+        if (not wanted.marker or wanted.marker.evaluate()) and not (found and wanted.specifier.contains(found)):
+            strange.append(f"{wanted.name} {found or 'is missing'} instead of {wanted.specifier}")
+    if strange:
+        say(f"warning: {', '.join(strange)}: if something fails, pip install -r requirements.txt")
+
+
+def main(argv: list[str]) -> None:
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
+    begin()
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
-    if "transformers" not in sys.modules:
-        sys.exit("fipo: transformers or tqdm is not installed: pip install -r requirements.txt")
     if not argv or argv[0] not in COMMANDS:
         sys.exit(f"fipo: the first word must be one of {', '.join(COMMANDS)}, as in `python fipo.py train --help`.")
     config, command = COMMANDS[argv[0]]

@@ -28,14 +28,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import fipo  # first, since it says in one sentence what is not installed
+from fipo import say
+
+# isort: split
 import matplotlib
 import torch
 from tqdm import trange
 from transformers import AutoConfig, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
-
-import fipo
-from fipo import say
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -156,26 +157,28 @@ def pretrain(folder: Path, steps: int, lr: float = 5e-3) -> None:
         partial.rename(folder)
 
 
-def embedded_run(out: Path, pretrain_steps: int) -> dict[str, Any]:
-    """Settings of the embedded run: the base model, from the cache if it is there, and the problem files."""
+def embedded_settings(out: Path, pretrain_steps: int) -> dict[str, Any]:
+    """Settings of the embedded run. Its base model has its place in the cache, its problems theirs under `out`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fipo"
     recipe = fipo.derive_seed(OPERANDS, LARGEST, STYLES, CHARACTERS, pretrain_steps)
-    base = cache / f"base-{recipe:08x}"
+    files = {name: str(out / "problems" / f"{name}.jsonl") for name in ("data", "eval_data")}
+    return EMBEDDED | files | {"model": str(cache / f"base-{recipe:08x}")}
+
+
+def make_embedded(settings: dict[str, Any], pretrain_steps: int) -> None:
+    """Make the base model, if the cache does not hold it, and the problem files."""
+    base = Path(settings["model"])
     if base.is_dir():
         say(f"base model: {base} (cached)")
     else:
         say(f"base model: pretraining for {pretrain_steps} steps, once; then cached in {base}")
         pretrain(base, pretrain_steps)
-    files, problems = {}, all_problems()
-    folder = fipo.make_folder(out / "problems")
+    problems = all_problems()
     for name, part in (("data", FOR_RL), ("eval_data", HELD_OUT)):
-        path = folder / f"{name}.jsonl"
-        rows = [
-            json.dumps({"prompt": question(digits), "answer": str(sum(digits))}) + "\n" for digits in problems[part]
-        ]
-        path.write_text("".join(rows))
-        files[name] = str(path)
-    return EMBEDDED | files | {"model": str(base)}
+        path = Path(settings[name])
+        fipo.make_folder(path.parent)
+        rows = [{"prompt": question(digits), "answer": str(sum(digits))} for digits in problems[part]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------- What came out
@@ -282,6 +285,7 @@ def draw_token_map(row: dict[str, Any], path: Path, columns: int = 60, most: int
 
 
 def hub_has(model: str) -> bool:
+    say(f"seeking {model} on the hub")
     try:
         AutoConfig.from_pretrained(model)
     except (OSError, ValueError):
@@ -329,15 +333,19 @@ def configure(argv: list[str], defaults: dict[str, Any]) -> fipo.Config:
 def run(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     out = Path(given.out or f"runs/{given.algorithm}-{given.seed}")
-    gpu, embedded = torch.cuda.is_available(), False
-    if given.model or (gpu and hub_has(QWEN["model"])):
+    gpu = torch.cuda.is_available()
+    embedded = not (given.model or (gpu and hub_has(QWEN["model"])))
+    if embedded:
+        say(f"embedded run: a tiny Qwen2 on sums of digits ({'the hub cannot be reached' if gpu else 'no GPU here'})")
+        defaults = embedded_settings(out, given.pretrain_steps)
+    else:
         defaults = QWEN | ({"model": given.model} if given.model else {})
         where = "a GPU" if gpu else "the CPU, which will be slow"
         say(f"{defaults['model']} on {given.data or 'GSM8K'}, on {where}")
-    else:
-        say(f"embedded run: a tiny Qwen2 on sums of digits ({'the hub cannot be reached' if gpu else 'no GPU here'})")
-        defaults, embedded = embedded_run(out, given.pretrain_steps), True
     cfg = configure(argv, defaults | {"out": str(out)})
+    fipo.resolve(cfg)  # a mistake in the settings is told before anything is made
+    if embedded:
+        make_embedded(defaults, given.pretrain_steps)
     try:
         fipo.train(cfg)
     except fipo.NoSignal as end:
@@ -351,6 +359,7 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    fipo.begin()
     with fipo.one_clear_sentence():
         run(argv)
 

@@ -79,6 +79,9 @@ def test_an_out_that_cannot_be_a_folder_is_told(small, tmp_path, capsys):
     ([{"foo": "1"}], r"has the columns \['foo'\]"),
     ([{"prompt": "1+1="}], "has the columns"),
     ([{"prompt": "1+1=", "answer": None}], "row 1 has no answer"),
+    ([{"prompt": 5, "answer": "1"}], "row 1 has a prompt that is neither text nor chat messages"),
+    ([{"prompt": ["1+1="], "answer": "2"}], "row 1 has a prompt that is neither text nor chat messages"),
+    ([{"prompt": [{"content": "1+1="}], "answer": "2"}], "row 1 has a prompt that is neither text nor chat messages"),
 ])  # fmt: skip
 def test_bad_data_is_told_in_one_sentence(small, tmp_path, capsys, rows, said):
     write_jsonl(tmp_path / "bad.jsonl", rows)
@@ -108,6 +111,28 @@ def test_a_folder_that_holds_another_run_is_refused(small, capsys):
 
 def test_a_model_folder_without_a_model_is_told(small, tmp_path, capsys):
     fails(["train", *flags(dataclasses.replace(small, model=str(tmp_path)))], capsys, "loading a model from .* failed")
+
+
+def test_a_model_that_was_not_read_to_its_end_is_told(small, base, tmp_path, capsys):
+    """As an interrupted copy or download leaves it."""
+    shutil.copytree(base, tmp_path / "half")
+    os.truncate(tmp_path / "half" / "model.safetensors", 100_000)
+    half = dataclasses.replace(small, model=str(tmp_path / "half"))
+    fails(["train", *flags(half)], capsys, "half' .are its files all there, and whole.. failed")
+
+
+def test_an_evaluation_is_not_written_over(small, tmp_path, capsys):
+    (tmp_path / "eval.json").write_text("{}")
+    fails(["eval", "--model", small.model, "--data", small.data, "--out", str(tmp_path)], capsys, "holds an evaluation")
+
+
+def test_a_gpu_without_bfloat16_is_refused_it(base, monkeypatch):
+    """No such GPU is here: what torch would say of one is set by hand."""
+    says = {"is_available": True, "current_device": 0, "is_bf16_supported": False}
+    for name, answer in says.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda answer=answer, **how: answer)
+    with pytest.raises(fipo.FipoError, match="this GPU has no bfloat16: give --dtype float32"):
+        fipo.Policy(base, fipo.EvalConfig(model=base, data="d", dtype="bfloat16"))
 
 
 def test_unknown_flag_and_unknown_command(small, capsys):
@@ -218,6 +243,12 @@ def test_the_readme_links_to_the_lines_it_names():
     assert not wrong
 
 
+def test_a_mistake_in_train_small_leaves_nothing_behind(tmp_path):
+    with pytest.raises(SystemExit, match="--clip_low is 3.0"):
+        train_small.main(["--clip_low", "3", "--out", str(tmp_path / "run")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_small_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train_small.main(["--help"])
@@ -260,3 +291,26 @@ def test_an_old_python_gets_one_sentence():
     code = "import sys; sys.version_info = (3, 10, 9); import fipo"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "fipo: this is Python 3.10: Python 3.11 or newer is needed.\n")
+
+
+def test_packages_that_are_missing_get_one_sentence():
+    code = "import sys; sys.modules['torch'] = None; import train_small"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert re.match("fipo: .*torch.*: activate the environment, or pip install -r requirements.txt", done.stderr)
+
+
+def test_packages_of_other_versions_are_named(tmp_path):
+    shutil.copy(ROOT / "fipo.py", tmp_path)
+    wanted = 'torch==1.0  # a comment\nnumpy>=1.0\nno-such-package>=2\nother>=1; sys_platform == "none"\n'
+    (tmp_path / "requirements.txt").write_text(wanted)
+    done = subprocess.run([sys.executable, "fipo.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    warning = next(line for line in done.stdout.splitlines() if line.startswith("warning"))
+    assert re.match(r"warning: torch 2\S+ instead of ==1.0, no-such-package is missing instead of >=2: if", warning)
+
+
+def test_a_terminal_that_knows_no_greek_is_no_obstacle():
+    for words in (["fipo.py", "--help"], ["train_small.py", "--help"]):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+        assert done.returncode == 0 and "warning" not in done.stdout, done.stderr

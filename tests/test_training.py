@@ -151,9 +151,9 @@ def test_presets_are_a_ladder_and_explicit_settings_win():
     assert fipo.resolve(fipo.Config(**given, algorithm="grpo", clip_high=0.3)).clip_high == 0.3
 
 
-def test_one_update_per_rollout_is_warned_about(capsys):
-    cfg = fipo.Config(model="m", data="d", out="o", prompts_per_batch=4, prompts_per_mini_batch=4)
-    fipo.resolve(cfg)
+def test_one_update_per_rollout_is_warned_about(small, capsys):
+    with pytest.raises(fipo.FipoError):  # the warning comes before anything is read
+        fipo.train(dataclasses.replace(small, data="missing.jsonl", prompts_per_mini_batch=4))
     assert "FIPO is just DAPO" in capsys.readouterr().out
 
 

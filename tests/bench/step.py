@@ -170,7 +170,9 @@ def main(argv: list[str]) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = train_small.embedded_run(folder, pretrain_steps=1000)["model"]
+        embedded = train_small.embedded_settings(folder, pretrain_steps=1000)
+        train_small.make_embedded(embedded, pretrain_steps=1000)
+        base = embedded["model"]
         of_four_layers(Path(base), folder / "real")
         of_four_layers(Path(base), folder / "equal")
         without_end(folder / "equal")
