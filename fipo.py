@@ -465,9 +465,8 @@ class HFSampler:
         self.policy = policy
         require(not policy.sharded, "--sampler hf cannot read a model that ZeRO-3 has cut into shards: install vllm,"
                 " or set the stage in the --deepspeed file to 2 or less.")  # fmt: skip
-        require(
-            policy.cfg.tensor_parallel == 1, "--tensor_parallel is a setting of vLLM: leave it out, or install vllm."
-        )
+        alone = policy.cfg.tensor_parallel == 1
+        require(alone, "--tensor_parallel is a setting of vLLM: leave it out, or install vllm.")
 
     def sleep(self) -> None:
         """Rollouts are done: leave the memory to training."""
@@ -1234,7 +1233,7 @@ def training_loop(policy: Policy, sampler: Any, problems: list[Problem], eval_pr
 def train(cfg: Config) -> None:
     """Train a model by FIPO, DAPO or GRPO. Raises Interrupted if a signal ended the run early."""
     cfg = resolve(cfg)
-    out, state, track = Path(cfg.out), State(), lambda line, step: None
+    out = Path(cfg.out)
     used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
     require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
     if cfg.prompts_per_batch == cfg.prompts_per_mini_batch and cfg.weight_range[0] < cfg.weight_range[1]:
@@ -1242,44 +1241,28 @@ def train(cfg: Config) -> None:
             "lower --prompts_per_mini_batch to let it act.")  # fmt: skip
     make_folder(out)
     with together(cfg.deepspeed):
-        resumed = everywhere(newest_checkpoint(out) if cfg.resume else None)[0]
-        if cfg.resume and not resumed:
-            say(f"{out} has no checkpoint yet: starting anew")
-        require(not resumed or (resumed / "deepspeed").is_dir() == bool(cfg.deepspeed), f"{resumed} was written with "
-                f"the other engine: {'leave out' if cfg.deepspeed else 'give'} --deepspeed, or start anew from its "
-                f"weights by --model {resumed}.")  # fmt: skip
+        resumed = checkpoint_to_resume(cfg)
         policy = open_policy(str(resumed or cfg.model), cfg)
         problems = encode_problems(cfg.data, policy, cfg)
         eval_problems = encode_problems(cfg.eval_data, policy, cfg) if cfg.eval_data else []
-        if cfg.wandb and rank() == 0:
-            with explain("--wandb (pip install wandb)"):
-                import wandb
-
-                run_id = f"{derive_seed(str(out.resolve())):08x}"
-                wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=dataclasses.asdict(cfg), dir=cfg.out)
-                track = wandb.log
-        if resumed:
-            policy.load_optimizer(resumed)
-            state = State(**read_json(str(resumed / "state.json")))
-            require(state.step <= cfg.steps, f"{out} is at step {state.step} already: raise --steps above {cfg.steps}.")
-            say(f"resuming after step {state.step} from {resumed}")
+        track = open_tracker(cfg)
+        state = restore(policy, resumed, cfg) if resumed else State()
         sampler = open_sampler(policy)
-        if rank() == 0:
-            if resumed:
-                name_changes(read_json(str(out / "config.json")), dataclasses.asdict(cfg))
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-            for name in LOGS:  # what came after the checkpoint is written again, to the same digit
-                with open(out / name, "a") as file:
-                    file.truncate(state.files.get(name, 0))
-        try:
-            with on_signals(functools.partial(interrupt, state)):
-                training_loop(policy, sampler, problems, eval_problems, cfg, state, track)
-        except BaseException as error:  # a FipoError or Interrupted ends all ranks, at a place where they can save
-            if isinstance(error, (FipoError, Interrupted)) or (state.whole and world() == 1):
-                with on_signals(signal.SIG_IGN):
-                    save_checkpoint(policy, state)
-                    say(f"saved step {state.step} in {out / 'checkpoints'}; --resume goes on from there.")
-            raise
+        open_logs(cfg, state)
+        with saving(policy, state):
+            training_loop(policy, sampler, problems, eval_problems, cfg, state, track)
+
+
+def open_tracker(cfg: Config) -> Callable[..., None]:
+    """What takes the metrics of a step beside metrics.jsonl: Weights & Biases, or nobody."""
+    if not cfg.wandb or rank():
+        return lambda line, step: None
+    with explain("--wandb (pip install wandb)"):
+        import wandb
+
+        run_id = f"{derive_seed(str(Path(cfg.out).resolve())):08x}"  # a resumed run goes on in its own curve
+        wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=dataclasses.asdict(cfg), dir=cfg.out)
+        return wandb.log
 
 
 def evaluate(sampler: Any, problems: list[Problem], cfg: EvalConfig,
@@ -1372,10 +1355,55 @@ def newest_checkpoint(out: Path) -> Path | None:
     return None
 
 
-def name_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+def checkpoint_to_resume(cfg: Config) -> Path | None:
+    """The checkpoint that all ranks start from; None: a new run."""
+    if not cfg.resume:
+        return None
+    found = everywhere(newest_checkpoint(Path(cfg.out)))[0]
+    if not found:
+        say(f"{cfg.out} has no checkpoint yet: starting anew")
+        return None
+    same = (found / "deepspeed").is_dir() == bool(cfg.deepspeed)
+    require(same, f"{found} was written with the other engine: {'leave out' if cfg.deepspeed else 'give'} --deepspeed, "
+            f"or start anew from its weights by --model {found}.")  # fmt: skip
+    return found
+
+
+def restore(policy: Policy, checkpoint: Path, cfg: Config) -> State:
+    """The optimiser and the place of the run in `checkpoint`, whose weights the policy has read already."""
+    state = State(**read_json(str(checkpoint / "state.json")))
+    require(state.step <= cfg.steps, f"{cfg.out} is at step {state.step} already: raise --steps above {cfg.steps}.")
+    policy.load_optimizer(checkpoint)
+    say(f"resuming after step {state.step} from {checkpoint}")
+    before, now = read_json(str(Path(cfg.out) / "config.json")), dataclasses.asdict(cfg)
     changed = [f"{k} {before.get(k)} → {now[k]}" for k in now if k != "resume" and before.get(k) != now[k]]
     if changed:
         say(f"settings that differ from the run so far: {', '.join(changed)}")
+    return state
+
+
+def open_logs(cfg: Config, state: State) -> None:
+    """Write the settings, and cut the logs where `state` stands: what came after is written again, to the digit."""
+    if rank() == 0:
+        (Path(cfg.out) / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+        for name in LOGS:
+            with open(Path(cfg.out) / name, "a") as file:
+                file.truncate(state.files.get(name, 0))
+
+
+@contextlib.contextmanager
+def saving(policy: Policy, state: State) -> Iterator[None]:
+    """Save the last whole step if a signal or a mistake ends the run; all ranks end at a place where they can."""
+    try:
+        with on_signals(functools.partial(interrupt, state)):
+            yield
+    except BaseException as error:
+        if isinstance(error, (FipoError, Interrupted)) or (state.whole and world() == 1):
+            with on_signals(signal.SIG_IGN):
+                save_checkpoint(policy, state)
+                folder = Path(policy.cfg.out) / "checkpoints"
+                say(f"saved step {state.step} in {folder}; --resume goes on from there.")
+        raise
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -1811,9 +1839,24 @@ def shades(rows: list[dict[str, Any]], view: str) -> tuple[list[list[float]], di
     }
 
 
+def legend(view: str, ends: dict[str, float]) -> str:
+    boxes = "".join(f'<b style="background:{shade(x)}">{value}</b>' for value, x in ends.items())
+    return f'<div class="legend {view}">{VIEWS[view][0]}: {boxes}</div>'
+
+
+def paragraph(row: dict[str, Any], styles: list[str]) -> str:
+    """One response: caption, prompt, and each token in its style with its values on hover."""
+    text = f"<section><h3>{html.escape(row['caption'])}</h3><p>{html.escape(row['prompt'])}"
+    for i, (token, style) in enumerate(zip(row["tokens"], styles)):
+        values = ", ".join(f"{VIEWS[view][0]} {row[view][i]:.6g}" for view in VIEWS if view in row)
+        shown = html.escape(token.replace("\n", "⏎\n"))
+        text += f'<i style="{style}" title="{html.escape(repr(token))}: {values}">{shown}</i>'
+    return text + "</p></section>\n"
+
+
 def token_map(rows: list[dict[str, Any]], note: str) -> str:
     """Responses (caption, prompt, tokens, VIEWS) as one HTML page that needs no script: CSS switches the view."""
-    rules, switches, body, styles = "", "", "", [[""] * len(row["tokens"]) for row in rows]
+    rules, switches, legends, styles = "", "", "", [[""] * len(row["tokens"]) for row in rows]
     for view, (name, _) in VIEWS.items():
         places, ends = shades(rows, view)
         for style, place in zip(styles, places):
@@ -1824,15 +1867,8 @@ def token_map(rows: list[dict[str, Any]], note: str) -> str:
                   f"#{view}:checked ~ .{view} {{ display: block }}\n")  # fmt: skip
         switches += f'<input type="radio" name="view" id="{view}"{"" if switches else " checked"}>'
         switches += f'<label for="{view}">{name}</label>'
-        boxes = "".join(f'<b style="background:{shade(x)}">{value}</b>' for value, x in ends.items())
-        body += f'<div class="legend {view}">{name}: {boxes}</div>'
-    for row, style in zip(rows, styles):
-        body += f"<section><h3>{html.escape(row['caption'])}</h3><p>{html.escape(row['prompt'])}"
-        for i, token in enumerate(row["tokens"]):
-            values = ", ".join(f"{VIEWS[view][0]} {row[view][i]:.6g}" for view in VIEWS if view in row)
-            shown = html.escape(token.replace("\n", "⏎\n"))
-            body += f'<i style="{style[i]}" title="{html.escape(repr(token))}: {values}">{shown}</i>'
-        body += "</p></section>\n"
+        legends += legend(view, ends)
+    body = legends + "".join(map(paragraph, rows, styles))
     return PAGE.format(rules=rules, note=html.escape(note), switches=switches, body=body)
 
 
@@ -1898,6 +1934,18 @@ def write_both(cfg: TokensConfig) -> tuple[dict[str, list[Rollout]], list[Proble
     return {"base": write_alone(policy, "base", problems, cfg), "trained": trained}, problems, tokenizer, tolerance
 
 
+def say_summary(who: str, found: dict[str, Any]) -> None:
+    below = ", ".join(f"{share:.1%} below {x}" for x, share in found["share_below"]["delta_logp"].items())
+    say(f"written by the {who} model: accuracy {found['accuracy']:.1%}, mean length {found['response_length']:.1f}, "
+        f"|Δlog p| of tokens: {below}")  # fmt: skip
+
+
+def say_needed(needed: dict[str, tuple[float, float] | None]) -> None:
+    shares = (f"{CRITERIA[c]} {f'{x[0]:.1%} to {x[1]:.1%}' if x else 'not reached'}" for c, x in needed.items())
+    say("tokens to replace in the base model's responses for 95 % of the way to the trained model's accuracy: "
+        + ", ".join(shares))  # fmt: skip
+
+
 def run_tokens(cfg: TokensConfig) -> None:
     """Which tokens did RL change? Measures of both models' responses, token replacement, a token map; under --out."""
     check(cfg)
@@ -1914,22 +1962,17 @@ def run_tokens(cfg: TokensConfig) -> None:
     found: dict[str, Any] = {"settings": dataclasses.asdict(cfg)}
     for who, rollouts in written.items():
         found[who] = summarize(rollouts, tokenizer)
-        below = ", ".join(f"{share:.1%} below {x}" for x, share in found[who]["share_below"]["delta_logp"].items())
-        say(f"written by the {who} model: accuracy {found[who]['accuracy']:.1%}, mean length "
-            f"{found[who]['response_length']:.1f}, |Δlog p| of tokens: {below}")  # fmt: skip
+        say_summary(who, found[who])
     draw_histograms(written, out / "histograms.png")
     found["token_map"], note = show_map(written, updated, tokenizer)
     (out / "token_map.html").write_text(token_map(found["token_map"], note), encoding="utf-8")
     (out / "metrics.json").write_text(json.dumps(found, indent=1))
     if cfg.replacement:
-        found["replacement"] = rows = replace_tokens(problems, written, cfg)
-        accuracy = {who: found[who]["accuracy"] for who in written}
+        rows, accuracy = replace_tokens(problems, written, cfg), {who: found[who]["accuracy"] for who in written}
         draw_replacement(rows, accuracy, out / "replacement.png")
         needed = {c: fraction_needed(curve(rows, "base", c, accuracy["base"]), accuracy["trained"]) for c in CRITERIA}
-        found["fraction_needed"] = needed
-        say("tokens to replace in the base model's responses for 95 % of the way to the trained model's accuracy: "
-            + ", ".join(f"{CRITERIA[c]} {f'{x[0]:.1%} to {x[1]:.1%}' if x else 'not reached'}"
-                        for c, x in needed.items()))  # fmt: skip
+        say_needed(needed)
+        found |= {"replacement": rows, "fraction_needed": needed}
         (out / "metrics.json").write_text(json.dumps(found, indent=1))
     say(f"numbers, token map and pictures: {out}")
 

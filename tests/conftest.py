@@ -120,6 +120,8 @@ def environment(**more: str) -> dict[str, str]:
 
 def launch(words: list[str], ranks: int = 0, by: str = "torchrun", **env: str) -> subprocess.Popen:
     """Start a script in one process, or by a launcher in several."""
+    if ranks:
+        pytest.importorskip("deepspeed")  # it is installed on Linux only
     launchers = {
         "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks)],
         "deepspeed": ["deepspeed", "--master_port", str(fipo.free_port()), "--num_gpus", str(ranks)],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, ZERO_3, alike, environment, finished, flags, launch, second_rank, wait_for_step
+from conftest import ROOT, SCRIPTS, ZERO_3, alike, environment, finished, flags, launch, second_rank, wait_for_step
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -193,12 +193,24 @@ def test_mistakes_are_told_in_one_sentence(sharded, zero, change, said):
     assert said in output and "Traceback" not in output, output
 
 
+def test_a_missing_compiler_is_told(sharded, tmp_path):
+    """DeepSpeed compiles an extension at its first start."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("torchrun", "ninja"):  # and neither g++ nor c++
+        (tools / name).symlink_to(SCRIPTS / name)
+    words = [str(ROOT / "fipo.py"), "train", *flags(sharded)]
+    output = finished(launch(words, 1, PATH=str(tools), TORCH_EXTENSIONS_DIR=str(tmp_path)), status=1)
+    assert "are g++ and ninja installed" in output and 'fipo.py", line' not in output, output
+
+
 # ------------------------------------------------------------------------------------------------------- the plan
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     """The Python part of train_32b.sh, as a module."""
+    pytest.importorskip("deepspeed")
     source = re.search(r"<<'PLAN'\n(.*)\nPLAN\n", (ROOT / "train_32b.sh").read_text(), re.S)[1]
     path = tmp_path_factory.mktemp("plan") / "plan.py"
     path.write_text(source)
@@ -206,6 +218,7 @@ def plan(tmp_path_factory):
 
 
 def dry_run(*words: str, **env: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("deepspeed")
     return subprocess.run(["bash", str(ROOT / "train_32b.sh"), *words], env=environment(DRY_RUN="1", **env),
                           capture_output=True, text=True)  # fmt: skip
 
