@@ -83,15 +83,17 @@ try:
     import torch
     from torch import distributed
     from torch.utils.checkpoint import checkpoint
+
+    with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where there is only torch
+        from huggingface_hub.utils import enable_progress_bars
+        from packaging.requirements import Requirement
+        from tqdm import tqdm
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+        from transformers.utils.logging import disable_progress_bar
 except ImportError as missing:
     sys.exit(f"fipo: {missing}: activate the environment, or pip install -r requirements.txt.")
-
-with contextlib.suppress(ImportError):  # sections 5 to 8 can be imported where there is only torch
-    from huggingface_hub.utils import enable_progress_bars
-    from packaging.requirements import Requirement
-    from tqdm import tqdm
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
-    from transformers.utils.logging import disable_progress_bar
+except KeyboardInterrupt:
+    sys.exit("fipo: interrupted before it began.")
 
 __version__ = "0.1.0"
 # else DeepSpeed, which transformers looks for, says at length what it has found

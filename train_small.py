@@ -293,7 +293,7 @@ def hub_has(model: str) -> bool:
     return True
 
 
-HELP = f"""usage: python train_small.py [--SETTING VALUE …]
+HELP = f"""usage: python train_small.py [--help] [--SETTING VALUE …]
 
 Without a GPU: a tiny Qwen2 learns to think longer, on sums of digits, within minutes.
 With one: Qwen2.5-0.5B on GSM8K. The settings a person wants first:
@@ -312,7 +312,8 @@ All settings of `python fipo.py train --help` can be given too, and two more:
 
 
 def parser() -> HfArgumentParser:
-    parser = HfArgumentParser(fipo.Config, allow_abbrev=False)
+    usage = HELP.splitlines()[0].removeprefix("usage: ")
+    parser = HfArgumentParser(fipo.Config, usage=usage, allow_abbrev=False)
     parser.format_help = lambda: HELP  # argparse's would fill three screens
     parser.add_argument("--pretrain_steps", type=int, default=1000)
     parser.add_argument("--study_seeds", type=int, default=3)

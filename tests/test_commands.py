@@ -249,6 +249,13 @@ def test_a_mistake_in_train_small_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_train_small_tells_a_mistyped_setting_in_two_lines(capsys):
+    with pytest.raises(SystemExit):
+        train_small.main(["--algorithm", "ppo"])
+    usage, sentence = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python train_small.py") and "invalid choice: 'ppo'" in sentence
+
+
 def test_train_small_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train_small.main(["--help"])
@@ -298,6 +305,13 @@ def test_packages_that_are_missing_get_one_sentence():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert re.match("fipo: .*torch.*: activate the environment, or pip install -r requirements.txt", done.stderr)
+
+
+def test_ctrl_c_while_packages_are_imported(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, "-c", "import fipo"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "fipo: interrupted before it began.\n")
 
 
 def test_packages_of_other_versions_are_named(tmp_path):
