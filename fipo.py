@@ -1321,7 +1321,8 @@ def save_checkpoint(policy: Policy, state: State) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    policy.save(partial)
+    with explain(f"writing the checkpoint {final} (is the disk full?)"):
+        policy.save(partial)
     barrier()
     if rank() == 0:
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state) | {"ranks": world()}))
@@ -1411,7 +1412,7 @@ def saving(policy: Policy, state: State) -> Iterator[None]:
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     if rank():
         return
-    with open(path, "a") as file:
+    with explain(f"writing {path} (is the disk full?)"), open(path, "a") as file:
         for row in rows:  # NaN and infinity are not JSON
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             file.write(json.dumps(finite) + "\n")
@@ -2031,7 +2032,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 def begin() -> None:
     """Before any command: fit the output to the terminal, and name packages that are missing or of another version."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # not every terminal knows τ
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # not every terminal knows τ
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # that a hub is out of reach is told once, at the end
     if "transformers" not in sys.modules:

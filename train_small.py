@@ -124,6 +124,7 @@ def documents(style: str, slip: float | None, n: int, problems: list[list[int]],
 
 def pretrain(folder: Path, steps: int, lr: float = 5e-3) -> None:
     """Make the base model, an ordinary Hugging Face folder: a Qwen2 trained to continue a prompt as the corpus does."""
+    fipo.make_folder(folder.parent)
     torch.manual_seed(0)
     rng, tokenizer, problems = random.Random(0), character_tokenizer(), all_problems()[FOR_CORPUS]
     model = Qwen2ForCausalLM(
@@ -146,7 +147,6 @@ def pretrain(folder: Path, steps: int, lr: float = 5e-3) -> None:
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()  # transformers' bar would tear ours apart
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(partial)

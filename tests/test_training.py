@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -272,6 +273,19 @@ fipo.main(["train", *{flags(small)!r}])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "resuming after step 2" in output
     assert [line["step"] for line in read_jsonl(Path(small.out) / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_a_full_disk_is_told_in_one_sentence(small):
+    """Here: files may not grow beyond 2 MB, so that the weights can be written and the optimiser cannot."""
+    resource = pytest.importorskip("resource")  # Unix
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
+    words = [sys.executable, str(ROOT / "fipo.py"), "train", *flags(small)]
+    done = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "fipo: writing the checkpoint" in done.stderr and "is the disk full?" in done.stderr
+    assert not fipo.newest_checkpoint(Path(small.out)), "half a checkpoint has no name"
+    fipo.train(dataclasses.replace(small, resume=True))
+    assert fipo.newest_checkpoint(Path(small.out)).name == "step_000002"
 
 
 def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_taken(long_run, tmp_path, capsys):
