@@ -217,7 +217,7 @@ def require(condition: Any, sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def explain(attempt: str) -> Iterator[None]:
+def explain(attempt: str, kind: type[FipoError] = FipoError) -> Iterator[None]:
     """Turn another library's failure to read something into one sentence."""
     try:
         yield
@@ -227,7 +227,7 @@ def explain(attempt: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
-        raise FipoError(f"{attempt} failed: {' '.join((str(cause) or repr(cause)).split())[:300]}") from error
+        raise kind(f"{attempt} failed: {' '.join((str(cause) or repr(cause)).split())[:300]}") from error
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -1310,6 +1310,10 @@ class State:
     last_update: list[dict[str, Any]] = field(default_factory=list)  # for the token map
 
 
+class NotSaved(FipoError):
+    """A checkpoint could not be written, so trying again would not help."""
+
+
 def save_checkpoint(policy: Policy, state: State) -> None:
     """Write the policy and state.json: whole and under the final name, or not at all. Two checkpoints are kept."""
     folder = Path(policy.cfg.out) / "checkpoints"
@@ -1321,7 +1325,7 @@ def save_checkpoint(policy: Policy, state: State) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    with explain(f"writing the checkpoint {final} (is the disk full?)"):
+    with explain(f"writing the checkpoint {final} (is the disk full?)", NotSaved):
         policy.save(partial)
     barrier()
     if rank() == 0:
@@ -1401,7 +1405,8 @@ def saving(policy: Policy, state: State) -> Iterator[None]:
         with on_signals(functools.partial(interrupt, state)):
             yield
     except BaseException as error:
-        if isinstance(error, (FipoError, Interrupted)) or (state.whole and world() == 1):
+        safe = isinstance(error, (FipoError, Interrupted)) or (state.whole and world() == 1)
+        if safe and not isinstance(error, NotSaved):
             with on_signals(signal.SIG_IGN):
                 save_checkpoint(policy, state)
                 folder = Path(policy.cfg.out) / "checkpoints"
@@ -1412,7 +1417,7 @@ def saving(policy: Policy, state: State) -> Iterator[None]:
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     if rank():
         return
-    with explain(f"writing {path} (is the disk full?)"), open(path, "a") as file:
+    with open(path, "a") as file:
         for row in rows:  # NaN and infinity are not JSON
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             file.write(json.dumps(finite) + "\n")
