@@ -120,7 +120,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def launch(words: list[str], ranks: int = 0, by: str = "torchrun", **env: str) -> subprocess.Popen:
     """Start a script in one process, or by a launcher in several."""
-    if ranks:
+    if ranks or "RANK" in env:
         pytest.importorskip("deepspeed")  # it is installed on Linux only
     launchers = {
         "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks)],
