@@ -218,7 +218,7 @@ def require(condition: Any, sentence: str) -> None:
 
 @contextlib.contextmanager
 def explain(attempt: str, kind: type[FipoError] = FipoError) -> Iterator[None]:
-    """Turn another library's failure to read something into one sentence."""
+    """Turn another library's failure into one sentence."""
     try:
         yield
     except FipoError:
