@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import tempfile
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, ZERO_3, alike, environment, finished, flags, launch, second_rank, wait_for_step
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from conftest import ROOT, SCRIPTS, ZERO_3, alike, finished, flags, launch, second_rank, wait_for_step
+from transformers import AutoModelForCausalLM
 
 import fipo
 
@@ -204,116 +202,17 @@ def test_a_missing_compiler_is_told(sharded, tmp_path):
     assert "are g++ and ninja installed" in output and 'fipo.py", line' not in output, output
 
 
-# ------------------------------------------------------------------------------------------------------- the plan
-
-
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    """The Python part of train_32b.sh, as a module."""
-    pytest.importorskip("deepspeed")
-    source = re.search(r"<<'PLAN'\n(.*)\nPLAN\n", (ROOT / "train_32b.sh").read_text(), re.S)[1]
-    path = tmp_path_factory.mktemp("plan") / "plan.py"
-    path.write_text(source)
-    return runpy.run_path(str(path), run_name="plan")
-
-
-def dry_run(*words: str, **env: str) -> subprocess.CompletedProcess:
-    pytest.importorskip("deepspeed")
-    return subprocess.run(["bash", str(ROOT / "train_32b.sh"), *words], env=environment(DRY_RUN="1", **env),
-                          capture_output=True, text=True)  # fmt: skip
-
-
-def test_dry_run_prints_the_plan_for_32b_without_gpu_or_weights():
-    done = dry_run(NNODES="8")
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "32.76 billion parameters" in done.stdout
-    rows = {int(line.split()[0]): line for line in done.stdout.splitlines() if re.match(r" +\d+ +\d.*\|", line)}
-    assert list(rows) == [8, 16, 32, 64, 128]
-    assert rows[8].split()[-2:] == ["no", "yes"] and rows[64].split()[-2:] == ["yes", "yes"]
-
-
-@pytest.mark.parametrize("words, env, said", [
-    (["--lr", "-1"], {}, "--lr is -1.0"),
-    (["--no_such_setting", "1"], {}, "unrecognized arguments: --no_such_setting"),
-    ([], {"TP": "3"}, "TP=3 does not divide the 8 GPUs"),
-    ([], {"TP": "16", "NNODES": "2", "GPUS_PER_NODE": "16"}, "TP=16 does not divide the 40 attention heads"),
-    ([], {"DATA": "missing.jsonl"}, "there is no file missing.jsonl"),
-    (["--max_response", "200000"], {}, "the model reads 131072"),
-])  # fmt: skip
-def test_dry_run_refuses_what_cannot_run(words, env, said):
-    done = dry_run(*words, **env)
-    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-@pytest.mark.parametrize("change, said", [
-    (dict(stage=2), "zero_optimization.stage is 2, it must be 3"),
-    (dict(stage=9), "checking .* failed: 1 validation error"),
-    (dict(typo=1), "typo Extra inputs are not permitted"),
-])  # fmt: skip
-def test_plan_refuses_a_deepspeed_file_that_cannot_hold_32b(plan, zero, change, said):
-    with pytest.raises(fipo.FipoError, match=said):
-        plan["check_deepspeed"](zero(**change))
-    assert plan["check_deepspeed"](ZERO_3)["stage"] == 3
-
-
-def test_plan_counts_the_parameters_of_a_real_model(plan, base):
-    _, parameters = plan["shape_of"](base)
-    assert parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+# ------------------------------------------------------------------------------------- what train_32b.sh promises
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_plan_s_bytes_of_weights_gradients_and_optimiser_are_those_held_after_an_update(given, zero, plan, base, ranks):
+def test_plan_s_bytes_of_weights_gradients_and_optimiser_are_those_held_after_an_update(given, zero, base, ranks):
     """All floating-point tensors alive under ZeRO-3 in bfloat16, with no parameter so small that it is kept whole."""
+    from test_plan import plan
+
     result = given(ranks=ranks, deepspeed=zero(stage3_param_persistence_threshold=0), dtype="bfloat16")
-    _, parameters = plan["shape_of"](base)
-    assert result["held"] == pytest.approx(sum(plan["states"](parameters, ranks)), rel=0.03)
-
-
-def peak(run) -> int:
-    """The most bytes allocated at one time while `run` runs on the CPU, by torch's own profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
-        run()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        seen.export_chrome_trace(file.name)
-        events = [e for e in json.load(open(file.name))["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda e: e["ts"])
-    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
-    return max(e["args"]["Total Allocated"] for e in events) - before
-
-
-@pytest.mark.parametrize("shape", [
-    dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=512),
-    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=12, vocab_size=512),
-    dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=30_000),
-])  # fmt: skip
-def test_plan_s_bytes_of_activations_and_logits_are_the_measured_peak(plan, shape):
-    """One pass of 1024 tokens, forward and backward, in bfloat16, activations recomputed; beside the gradients."""
-    config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False)
-    model, tokens, chunk = Qwen2ForCausalLM(config).to(torch.bfloat16).train(), 1024, 256
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    ids, mask = torch.randint(0, config.vocab_size, (1, tokens)), torch.ones(1, tokens)
-    saved, layer = plan["activations"](config, tokens)
-    planned = saved + max(layer, plan["logits"](config, chunk))
-    measured = peak(lambda: fipo.token_logprobs(model, ids, mask, 1.0, chunk)[0].sum().backward())
-    assert planned == pytest.approx(measured, rel=0.15)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_plan_s_flops_are_those_torch_counts(plan, tied):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = Qwen2Config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=512,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
-    config._attn_implementation = "eager"  # of which torch counts all products, masked or not
-    model, tokens = Qwen2ForCausalLM(config), 512
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        fipo.token_logprobs(model, torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens))
-    parameters = sum(p.numel() for p in model.parameters())
-    attention = 2 * config.num_hidden_layers * config.hidden_size * tokens  # causal: half of what is counted
-    planned = plan["forward_flops"](config, parameters, tokens)
-    assert planned + attention == pytest.approx(counter.get_total_flops() / tokens, rel=0.01)
+    _, parameters = plan.shape_of(base)
+    assert result["held"] == pytest.approx(sum(plan.states(parameters, ranks)), rel=0.03)
 
 
 def test_the_recipe_is_the_paper_s_and_the_defaults_are_the_same():

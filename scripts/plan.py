@@ -1,0 +1,275 @@
+"""The 32B plan: is every argument valid, what fits where, how long does a step take? No GPU and no weights are needed.
+
+train_32b.sh asks it before every start, so that what cannot run is refused in one sentence, and not by every process on
+every node. By hand it takes the settings of `fipo.py train`:
+
+  GPUS=64 python scripts/plan.py --model Qwen/Qwen2.5-32B --data BytedTsinghua-SIA/DAPO-Math-17k --out runs/fipo-32b \\
+      --deepspeed ds_config.json --sampler vllm --tensor_parallel 4 --vllm_memory 0.7 \\
+      --tokens_per_micro_batch 22528 --gradient_checkpointing true
+
+GPUS is the number of GPUs (8). What a step will be like is not known before it is run. These are assumptions, not
+measurements; set your own in the environment:
+
+  MFU      share of the H100's bfloat16 FLOP/s that scoring and updates reach (0.35)
+  DECODE   tokens/s that vLLM decodes, per GPU (600)
+  LENGTH   tokens of a mean response (8192)
+  KEPT     share of groups that are neither all right nor all wrong (0.5)
+
+Formulas are printed with their numbers. Tests measure four of them on small models: activations, logits and FLOPs in
+tests/test_plan.py, and what is held from step to step in tests/test_ranks.py. The others are reckoned, not measured.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fipo  # noqa: E402
+
+GPU_GIB, CUDA_GIB = 79.0, 4.0  # an 80 GB card; its context, NCCL and what a sleeping vLLM keeps (assumed)
+VLLM_GIB = 3.0  # vLLM's own activations and CUDA graphs (assumed)
+PEAK, LINK = 989e12, 50e9  # bf16 FLOP/s of an H100; bytes/s of its 400 Gbit/s network port
+GIB, BILLION = 2**30, 1e9
+QWEN_32B = dict(
+    hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8,
+    vocab_size=152064, max_position_embeddings=131072, tie_word_embeddings=False,
+)  # fmt: skip
+# `gathered` reckons with these, so the file has to say them.
+BOUNDS = ("stage3_max_live_parameters", "stage3_prefetch_bucket_size", "reduce_bucket_size")
+
+# ------------------------------------------------------------------------------------------------- what is planned
+
+
+def number(name: str, default: float) -> float:
+    """A positive number from the environment."""
+    text = os.environ.get(name) or str(default)
+    with fipo.explain(f"reading {name} from the environment"):
+        value = float(text)
+    fipo.require(value > 0, f"{name} is {text}: it must be more than 0.")
+    return value
+
+
+def gpus_asked_for() -> int:
+    """GPUS from the environment."""
+    gpus = number("GPUS", 8)
+    fipo.require(gpus.is_integer(), f"GPUS is {gpus}: it must be a whole number.")
+    return int(gpus)
+
+
+def shape_of(model: str) -> tuple[PreTrainedConfig, int]:
+    """The config of the model's text part, and how many parameters the model has.
+
+    They are counted on the meta device: no memory, no weights.
+    """
+    if model == "Qwen/Qwen2.5-32B":  # known here, so that the plan needs no hub
+        config = Qwen2Config(**QWEN_32B)
+    else:
+        with fipo.explain(f"reading the config of the model {model!r}"):
+            config = AutoConfig.from_pretrained(model)
+    with fipo.explain(f"counting the parameters of {model!r}"), torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    text = config.get_text_config()  # a model that sees, too, keeps its sizes in there
+    for name in QWEN_32B:
+        fipo.require(hasattr(text, name), f"the config of {model!r} has no {name}, which the plan's formulas need.")
+    return text, parameters
+
+
+def check_deepspeed(path: str) -> dict[str, Any]:
+    """The section zero_optimization of DeepSpeed's JSON file, if DeepSpeed accepts the file and it can hold 32B."""
+    fipo.require(path, "--deepspeed is missing: give ds_config.json.")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    settings = fipo.read_json(path)
+    with fipo.explain(f"checking {path}"):
+        from deepspeed import DeepSpeedConfig
+
+        DeepSpeedConfig(dict(settings))
+    zero = settings.get("zero_optimization", {})
+    fipo.require(zero.get("stage") == 3, f"{path}: zero_optimization.stage is {zero.get('stage')}, it must be 3.")
+    for key in BOUNDS:
+        fipo.require(key in zero, f"{path}: zero_optimization.{key} is missing: without it, memory has no bound.")
+    summed_in = settings.get("data_types", {}).get("grad_accum_dtype")
+    fipo.require(summed_in == "fp32", f"{path}: data_types.grad_accum_dtype must be fp32: in bfloat16, small gradients "
+                 "are lost in the sum.")  # fmt: skip
+    return zero
+
+
+def check_data(cfg: fipo.Config) -> None:
+    """Local files are read; names on the hub are not asked for."""
+    for source in filter(None, (cfg.data, cfg.eval_data)):
+        if Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists():
+            fipo.load_problems(source)
+
+
+def check_model(cfg: fipo.Config, config: PreTrainedConfig, gpus: int) -> None:
+    """Refuse a model that cannot be cut as asked, or that reads fewer tokens than it would have to."""
+    heads, tp = config.num_attention_heads, cfg.tensor_parallel
+    fipo.require(gpus % tp == 0, f"--tensor_parallel {tp} does not divide the {gpus} GPUs.")
+    fipo.require(heads % tp == 0, f"TP={tp} does not divide the {heads} attention heads.")
+    recomputed = cfg.gradient_checkpointing
+    fipo.require(recomputed, "without --gradient_checkpointing nothing of this size fits: set it to true.")
+    context, limit = cfg.max_prompt + cfg.max_response, config.max_position_embeddings
+    fipo.require(context <= limit, f"--max_prompt and --max_response make {context} tokens, the model reads {limit}.")
+
+
+# -------------------------------------------------------------------------------------------------- the formulas
+
+
+def states(parameters: int, gpus: int) -> tuple[float, float, float]:
+    """Bytes per GPU that training holds from step to step under ZeRO-3: weights, gradients, optimiser."""
+    return 2 * parameters / gpus, 4 * parameters / gpus, 12 * parameters / gpus
+
+
+def activations(config: PreTrainedConfig, tokens: int) -> tuple[int, int]:
+    """Bytes of one pass: a bf16 input per layer, and all that the layer being recomputed needs for its gradient."""
+    H, inner = config.hidden_size, config.intermediate_size
+    return 2 * config.num_hidden_layers * tokens * H, tokens * (24 * H + 12 * inner)
+
+
+def logits(config: PreTrainedConfig, chunk: int = 1024) -> int:
+    """Bytes of one chunk of logits: bf16, float32, log-softmax, and their gradients."""
+    return 15 * chunk * config.vocab_size
+
+
+def gathered(config: PreTrainedConfig, zero: dict[str, Any]) -> int:
+    """Bytes of what ZeRO-3 gathers (the head is among it) and sends (float32), and of the head's gradient, twice."""
+    numbers = zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]
+    return 2 * (numbers + 2 * config.vocab_size * config.hidden_size) + 4 * 2 * zero["reduce_bucket_size"]
+
+
+def kv_per_token(config: PreTrainedConfig) -> int:
+    """Bytes of a token in vLLM's cache: a bf16 key and value per layer and key-value head."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+
+
+def forward_flops(config: PreTrainedConfig, parameters: int, length: float) -> float:
+    """FLOPs of a forward pass, per token, at a mean over a response of `length` tokens: weights, causal attention."""
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # not multiplied with
+    return 2 * (parameters - looked_up) + 2 * config.num_hidden_layers * config.hidden_size * length
+
+
+def fits(
+    cfg: fipo.Config, config: PreTrainedConfig, parameters: int, gpus: int, zero: dict[str, Any], offload: bool
+) -> tuple[float, float, float, bool]:
+    """Does training fit while vLLM sleeps, and vLLM beside what training holds?
+
+    Returns the bytes of training, of sampling and of an engine's KV cache on one GPU, and the answer.
+    """
+    held = 0.0 if offload else sum(states(parameters, gpus))
+    saved, layer = activations(config, cfg.tokens_per_micro_batch)
+    training = held + gathered(config, zero) + saved + max(layer, logits(config))
+    sampling = held + cfg.vllm_memory * GPU_GIB * GIB
+    cache = (cfg.vllm_memory * GPU_GIB - VLLM_GIB) * GIB - 2 * parameters / cfg.tensor_parallel
+    room = (GPU_GIB - CUDA_GIB) * GIB
+    enough = cache * cfg.tensor_parallel > (cfg.max_prompt + cfg.max_response) * kv_per_token(config)
+    return training, sampling, cache, max(training, sampling) < room and enough
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
+
+
+def print_memory(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, zero: dict[str, Any]) -> None:
+    """What a GPU holds, whatever their number."""
+    saved, layer = activations(config, cfg.tokens_per_micro_batch)
+    share, weights = cfg.vllm_memory * GPU_GIB, 2 * parameters / cfg.tensor_parallel / GIB
+    terms = [
+        ("activations 2·L·T·H", saved, f"one input a layer, T = {cfg.tokens_per_micro_batch} tokens"),
+        ("          + T·(24H + 12I)", layer, "the layer that is recomputed"),
+        ("logits 15·chunk·V", logits(config), "not at the same time as that layer"),
+        ("gathered", gathered(config, zero), "live weights, the head's gradient, buckets"),
+        ("vLLM's share", share * GIB, f"--vllm_memory {cfg.vllm_memory}: weights 2P/TP = {weights:.1f}, "
+         f"{VLLM_GIB:.0f} of its own, the rest KV cache"),
+    ]  # fmt: skip
+    print(f"Memory in GiB per GPU of {GPU_GIB:.0f} GiB, {CUDA_GIB:.0f} of them left to CUDA, NCCL and a sleeping vLLM")
+    print("  weights 2P/N, gradients 4P/N, optimiser 12P/N            bf16; float32; float32 master and two moments")
+    for name, size, what in terms:
+        print(f"  {name:<42} = {size / GIB:5.1f}       {what}")
+    print("""
+training = weights + gradients + optimiser + gathered + 2·L·T·H + the larger of layer and logits, while vLLM sleeps
+sampling = weights + gradients + optimiser + vLLM's share""")
+
+
+def print_fit(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, gpus: int, zero: dict[str, Any]) -> None:
+    """A row for each number of GPUs: does it fit there?"""
+    print("GPUs N  weights  gradients  optimiser | training  sampling | KV cache of an engine | fits   with OFFLOAD=1")
+    for n in sorted({8, 16, 32, 64, 128, gpus}):
+        weights, gradients, optimiser = (size / GIB for size in states(parameters, n))
+        training, sampling, cache, fit = fits(cfg, config, parameters, n, zero, cfg.offload)
+        *_, fit_offloaded = fits(cfg, config, parameters, n, zero, True)
+        tokens = max(cache, 0) * cfg.tensor_parallel / kv_per_token(config)
+        print(f"{n:6}{weights:9.1f}{gradients:11.1f}{optimiser:11.1f} |{training / GIB:9.1f}{sampling / GIB:10.1f} |"
+              f"{tokens:15,.0f} tokens |{'yes' if fit else 'no':>5}{'yes' if fit_offloaded else 'no':>15}")  # fmt: skip
+    node = min(gpus, 8)
+    in_host, on_disk = 18 * parameters / gpus * node / GIB, 14 * parameters / BILLION
+    print(f"""
+With OFFLOAD=1 a node's hosts hold 18P/N per GPU: {in_host:.0f} GiB per node of {node}.
+A checkpoint is 14P = {on_disk:.0f} GB on disk: the optimiser's 12P and the weights as a Hugging Face folder; \
+two are kept.
+""")
+
+
+def print_step(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, gpus: int) -> None:
+    """How long a step takes, if the assumptions hold."""
+    mfu, decode = number("MFU", 0.35), number("DECODE", 600)
+    length, informative = number("LENGTH", 8192), number("KEPT", 0.5)
+    kept = cfg.prompts_per_batch * cfg.group_size * length
+    drawn = kept
+    if cfg.dynamic_sampling:
+        drawn = min(kept / informative, cfg.max_gen_rounds * cfg.prompts_per_round * cfg.group_size * length)
+    forward = forward_flops(config, parameters, length)
+    rollout = drawn / decode / gpus / 3600
+    scoring = kept * forward / mfu / PEAK / gpus / 3600
+    update = 4 * scoring  # forward, forward again for activations that were not kept, and backward, which is two
+    head = 2 * config.vocab_size * config.hidden_size / LINK
+    chunks = -(-cfg.tokens_per_micro_batch // 1024)
+    print(f"""\
+A step on {gpus} GPUs, if responses have {length:.0f} tokens (LENGTH) and {informative:.0%} of the groups inform (KEPT)
+  sampled       {drawn / 1e6:8.1f} million tokens, of which {kept / 1e6:.1f} are trained on: \
+{cfg.prompts_per_batch} prompts × {cfg.group_size} responses
+  updates       {cfg.prompts_per_batch // cfg.prompts_per_mini_batch:8}
+  FLOPs         {kept * forward * 5:8.2g}   scoring 1, update 4 forward passes of 2(P − V·H) + 2·L·H·length a token
+  rollout       {rollout:8.2f} h  at {decode:.0f} tokens/s a GPU (DECODE)
+  scoring       {scoring:8.2f} h  at {mfu:.0%} of {PEAK / 1e12:.0f} TFLOP/s (MFU)
+  update        {update:8.2f} h
+  together      {rollout + scoring + update:8.2f} h
+The head is gathered once a pass, {head * 1e3:.0f} ms at {LINK / 1e9:.0f} GB/s; anew for each of {chunks} chunks it \
+would be {head * chunks:.2f} s.
+MFU, DECODE, LENGTH and KEPT are assumptions: set them in the environment.""")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the docstring line by line."""
+
+
+def settings_of(argv: list[str]) -> fipo.Config:
+    """The settings of `fipo.py train`, checked as it checks them."""
+    usage = "bash train_32b.sh [--SETTING VALUE …], or GPUS=N python scripts/plan.py [--SETTING VALUE …]"
+    parser = HfArgumentParser(fipo.Config, usage=usage, description=__doc__, formatter_class=Help, allow_abbrev=False)
+    return fipo.resolve(fipo.Config(**vars(parser.parse_args(argv))))
+
+
+def plan(argv: list[str]) -> None:
+    cfg = settings_of(argv)
+    gpus = gpus_asked_for()
+    zero = check_deepspeed(cfg.deepspeed)
+    check_data(cfg)
+    config, parameters = shape_of(cfg.model)
+    check_model(cfg, config, gpus)
+    print(f"""every argument is valid
+model        {cfg.model}: {parameters / BILLION:.2f} billion parameters, P; {config.num_hidden_layers} layers of \
+{config.hidden_size}
+""")
+    print_memory(cfg, config, parameters, zero)
+    print_fit(cfg, config, parameters, gpus, zero)
+    print_step(cfg, config, parameters, gpus)
+
+
+if __name__ == "__main__":
+    with fipo.one_clear_sentence():
+        plan(sys.argv[1:])

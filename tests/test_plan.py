@@ -1,0 +1,169 @@
+"""The 32B plan: what it refuses, and its formulas against measurements on small models."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from conftest import ROOT, ZERO_3, environment
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, Qwen2Config, Qwen2ForCausalLM
+
+import fipo
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import plan  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------- what is refused
+
+
+def dry_run(*words: str, **env: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("deepspeed")
+    return subprocess.run(["bash", str(ROOT / "train_32b.sh"), *words], env=environment(DRY_RUN="1", **env),
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_dry_run_prints_the_plan_for_32b_without_gpu_or_weights():
+    done = dry_run(NNODES="8")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "32.76 billion parameters" in done.stdout
+    rows = {int(line.split()[0]): line for line in done.stdout.splitlines() if re.match(r" +\d+ +\d.*\|", line)}
+    assert list(rows) == [8, 16, 32, 64, 128]
+    assert rows[8].split()[-2:] == ["no", "yes"] and rows[64].split()[-2:] == ["yes", "yes"]
+
+
+@pytest.mark.parametrize("words, env, said", [
+    (["--lr", "-1"], {}, "--lr is -1.0"),
+    (["--no_such_setting", "1"], {}, "unrecognized arguments: --no_such_setting"),
+    ([], {"TP": "3"}, "TP=3 does not divide the 8 GPUs"),
+    ([], {"TP": "16", "NNODES": "2", "GPUS_PER_NODE": "16"}, "TP=16 does not divide the 40 attention heads"),
+    ([], {"DATA": "missing.jsonl"}, "there is no file missing.jsonl"),
+    (["--max_response", "200000"], {}, "the model reads 131072"),
+])  # fmt: skip
+def test_dry_run_refuses_what_cannot_run(words, env, said):
+    done = dry_run(*words, **env)
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(stage=2), "zero_optimization.stage is 2, it must be 3"),
+    (dict(stage=9), "checking .* failed: 1 validation error"),
+    (dict(typo=1), "typo Extra inputs are not permitted"),
+])  # fmt: skip
+def test_plan_refuses_a_deepspeed_file_that_cannot_hold_32b(zero, change, said):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(fipo.FipoError, match=said):
+        plan.check_deepspeed(zero(**change))
+    assert plan.check_deepspeed(ZERO_3)["stage"] == 3
+
+
+BY_HAND = (
+    "--model {base} --data {sums} --out o --deepspeed {zero} --max_prompt 16 --max_response 32 --overlong_buffer 8"
+)
+
+
+@pytest.mark.parametrize("words, env, said", [
+    ("", {"GPUS": "many"}, "reading GPUS from the environment failed"),
+    ("", {"GPUS": "0"}, "GPUS is 0: it must be more than 0"),
+    ("", {"GPUS": "1.5"}, "GPUS is 1.5: it must be a whole number"),
+    ("", {"KEPT": "0"}, "KEPT is 0: it must be more than 0"),
+    ("--tensor_parallel 3", {}, "--tensor_parallel 3 does not divide the 8 GPUs"),
+    ("--gradient_checkpointing false", {}, "without --gradient_checkpointing nothing of this size fits"),
+    ("--max_response 999", {}, "make 1015 tokens, the model reads 256"),
+    ("--deepspeed=", {}, "--deepspeed is missing: give ds_config.json"),
+    ("--deepspeed no.json", {}, "reading no.json failed"),
+])  # fmt: skip
+def test_plan_by_hand_refuses_what_cannot_run(base, sums, monkeypatch, words, env, said):
+    pytest.importorskip("deepspeed")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    by_hand = BY_HAND.format(base=base, sums=sums, zero=ZERO_3).split() + ["--gradient_checkpointing", "true"]
+    with pytest.raises(fipo.FipoError, match=said):
+        plan.plan([*by_hand, *words.split()])
+
+
+def test_plan_by_hand_from_any_folder(base, sums, tmp_path):
+    """For 8 GPUs where GPUS does not say another number; --help tells of that and of what is assumed."""
+    pytest.importorskip("deepspeed")
+    script = [sys.executable, str(ROOT / "scripts" / "plan.py")]
+    by_hand = BY_HAND.format(base=base, sums=sums, zero=ZERO_3).split() + ["--gradient_checkpointing", "true"]
+    for gpus, env in ((8, {}), (24, {"GPUS": "24"})):
+        done = subprocess.run([*script, *by_hand], cwd=tmp_path, env=environment(**env), capture_output=True, text=True)
+        assert done.returncode == 0 and f"A step on {gpus} GPUs" in done.stdout, done.stderr
+        assert ("\n    24 " in done.stdout) == (gpus == 24)
+    told = subprocess.run([*script, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True).stdout
+    assert all(f"\n  {name} " in told for name in ("MFU", "DECODE", "LENGTH", "KEPT")) and "GPUS is the number" in told
+    assert "--group_size" in told and "(default: 16)" in told
+
+
+def test_plan_reads_the_text_part_of_a_model_that_sees_too(tmp_path):
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    text = small | dict(num_key_value_heads=2, head_dim=16, vocab_size=512, max_position_embeddings=4096)
+    Gemma3Config(text_config=text, vision_config=small | dict(image_size=28, patch_size=14)).save_pretrained(tmp_path)
+    config, parameters = plan.shape_of(str(tmp_path))
+    assert (config.hidden_size, config.vocab_size, config.max_position_embeddings) == (64, 512, 4096)
+    assert parameters > 512 * 64 and plan.kv_per_token(config) == 2 * 2 * 2 * 2 * 16
+
+
+def test_plan_names_what_a_config_lacks(tmp_path):
+    GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(fipo.FipoError, match="has no intermediate_size, which the plan's formulas need"):
+        plan.shape_of(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------- the formulas against measurements
+
+
+def test_plan_counts_the_parameters_of_a_real_model(base):
+    _, parameters = plan.shape_of(base)
+    assert parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+
+
+def peak(run) -> int:
+    """The most bytes allocated at one time while `run` runs on the CPU, by torch's own profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        run()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        seen.export_chrome_trace(file.name)
+        events = [e for e in json.load(open(file.name))["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda e: e["ts"])
+    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    return max(e["args"]["Total Allocated"] for e in events) - before
+
+
+@pytest.mark.parametrize("shape", [
+    dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=512),
+    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=12, vocab_size=512),
+    dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=30_000),
+])  # fmt: skip
+def test_plan_s_bytes_of_activations_and_logits_are_the_measured_peak(shape):
+    """One pass of 1024 tokens, forward and backward, in bfloat16, activations recomputed; beside the gradients."""
+    config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False)
+    model, tokens, chunk = Qwen2ForCausalLM(config).to(torch.bfloat16).train(), 1024, 256
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ids, mask = torch.randint(0, config.vocab_size, (1, tokens)), torch.ones(1, tokens)
+    saved, layer = plan.activations(config, tokens)
+    planned = saved + max(layer, plan.logits(config, chunk))
+    measured = peak(lambda: fipo.token_logprobs(model, ids, mask, 1.0, chunk)[0].sum().backward())
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_plan_s_flops_are_those_torch_counts(tied):
+    config = Qwen2Config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=512,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
+    config._attn_implementation = "eager"  # of which torch counts all products, masked or not
+    model, tokens = Qwen2ForCausalLM(config), 512
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fipo.token_logprobs(model, torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens))
+    parameters = sum(p.numel() for p in model.parameters())
+    attention = 2 * config.num_hidden_layers * config.hidden_size * tokens  # causal: half of what is counted
+    planned = plan.forward_flops(config, parameters, tokens)
+    assert planned + attention == pytest.approx(counter.get_total_flops() / tokens, rel=0.01)
