@@ -7,8 +7,22 @@
 #   sbatch --nodes 8 --gpus-per-node 8 --ntasks-per-node 1 --exclusive train_32b.sh       several nodes under Slurm
 #   bash train_32b.sh --steps 100 --lr 2e-6            what follows goes to `fipo.py train`, and wins over what is here
 #
-# Started again, it goes on from the newest whole checkpoint in OUT. The Python environment, this folder, MODEL, DATA and
-# OUT must have the same path on every node.
+# Started again, it goes on from the newest whole checkpoint in OUT; that takes as many GPUs as wrote it.
+# The Python environment, this folder, MODEL, DATA and OUT must have the same path on every node.
+#
+# Why ds_config.json says what it says (clipping, learning rate and offload come from the command line, to stand once):
+#   zero_optimization.stage 3               shards weights, gradients and optimiser: 18 bytes a parameter, divided by N
+#   bf16                                    computes in bfloat16; the optimiser keeps float32 weights, or steps of 1e-6
+#                                           would round to nothing. --dtype float32 turns it off
+#   data_types.grad_accum_dtype fp32,       gradients are summed in float32 over passes and over ranks (within a pass,
+#   communication_data_type fp32            autograd sums the head's over chunks of logits in bfloat16)
+#   overlap_comm, contiguous_gradients      sending hides behind computing; no fragmentation in backward
+#   reduce_bucket_size,                     800 MB of gradients, 400 MB of weights at a time: large enough for the
+#   stage3_prefetch_bucket_size 2e8         network, small beside activations
+#   stage3_max_live_parameters,             at most 4 GB of gathered weights: the head, which stays for the whole pass,
+#   stage3_max_reuse_distance 2e9           and two layers; without a bound, backward keeps what forward gathered
+#   stage3_param_persistence_threshold 1e5  norms and biases stay whole on every GPU: nothing to gather for them
+#   train_micro_batch_size_per_gpu 1        DeepSpeed asks for it; micro-batches are cut by tokens here
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen2.5-32B}                       # folder or hub name
