@@ -1,7 +1,7 @@
 """The whole step, side by side with TRL's GRPOTrainer: 32 prompts × 16 responses, 4 updates, at most 64 new tokens.
 
-pip install trl==1.16.0 && python tests/bench/step.py   # writes assets/results/step.csv; 5 minutes on two idle cores
-python tests/bench/step.py vllm                         # this project with vLLM and with Hugging Face: step_vllm.csv
+pip install trl==1.16.0 && python scripts/bench_step.py   # writes assets/results/step.csv; 5 minutes, two idle cores
+python scripts/bench_step.py vllm                         # this project with vLLM and Hugging Face: step_vllm.csv
 
 Both train the same Qwen2 (4 layers of width 128, float32) on the same prompts. Two workloads: `equal`, in which the EOS
 is outside the vocabulary, so that every response has 64 tokens and there is nothing to save; and `real`, the embedded
@@ -11,6 +11,7 @@ gradient checkpointing; this project passes of 2048 tokens. (Beside other work, 
 and steadier.)
 """
 
+import argparse
 import json
 import os
 import resource
@@ -25,17 +26,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from results import ROOT, write_csv
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import that reads it
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import datasets
+import torch
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
-sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
+import fipo
+import train_small
 
-import torch  # noqa: E402
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
-
-import fipo  # noqa: E402
-import train_small  # noqa: E402
-
+RESULTS = Path(__file__).parents[1] / "assets" / "results"
 PROMPTS, GROUP, UPDATES, TOKENS, LR = 32, 16, 4, 64, 1e-6  # this rate leaves the workload as it is
 STEPS, REPEATS = 3, 3  # batches measured per process, after one that warms up; processes of each kind
 
@@ -75,7 +75,7 @@ def by_chance(response: str, answer: str) -> bool:
 
 def run_fipo(folder: Path, workload: str, sampler: str) -> dict[str, float]:
     if workload == "equal":
-        fipo.VERIFIERS["dapo"] = (by_chance, fipo.extract_answer)
+        fipo.VERIFY["dapo"] = by_chance
     cfg = fipo.Config(
         model=str(folder / workload), data=str(folder / "problems" / "data.jsonl"), out=str(folder / "out"),
         sampler=sampler, steps=STEPS + 2, prompts_per_batch=PROMPTS, group_size=GROUP, lr=LR, warmup_steps=0,
@@ -83,13 +83,13 @@ def run_fipo(folder: Path, workload: str, sampler: str) -> dict[str, float]:
         rollout_rows=PROMPTS * GROUP, tokens_per_micro_batch=2048, dynamic_sampling=False, dtype="float32",
         save_every=1000,
     )  # fmt: skip
-    starts, train_step = [], fipo.train_step
+    starts, collect_rollouts = [], fipo.collect_rollouts
 
-    def timed(*given: Any) -> None:
+    def timed(*given: Any, **how: Any) -> Any:  # every step begins with it
         starts.append(time.perf_counter())
-        train_step(*given)
+        return collect_rollouts(*given, **how)
 
-    fipo.train_step = timed
+    fipo.collect_rollouts = timed
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fipo.train(cfg)
     lines = train_small.read_jsonl(folder / "out" / "metrics.jsonl")[2 : 2 + STEPS]  # line 0 is before the first step
@@ -100,7 +100,6 @@ def run_fipo(folder: Path, workload: str, sampler: str) -> dict[str, float]:
 
 
 def run_trl(folder: Path, workload: str) -> dict[str, float]:
-    import datasets
     from trl import GRPOConfig, GRPOTrainer
 
     rows = train_small.read_jsonl(folder / "problems" / "data.jsonl")
@@ -165,37 +164,55 @@ def peak_above(before: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
-def main(argv: list[str]) -> None:
-    kinds = ("fipo hf", "fipo vllm") if argv == ["vllm"] else ("fipo hf", "trl hf")
-    rows = []
+def run_child(folder: Path, workload: str, kind: str) -> dict[str, Any]:
+    """One run in a process of its own, so that its memory is its own too."""
+    words = [sys.executable, __file__, "--child", str(folder), workload, kind]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    shutil.rmtree(folder / "out")
+    row = {"workload": workload, "who": kind} | json.loads(done.stdout)
+    row["samples_per_second"] = PROMPTS * GROUP / row["seconds"]
+    print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
+
+
+def child(folder: Path, workload: str, kind: str) -> None:
+    with redirect_stdout(sys.stderr):
+        measured = run_trl(folder, workload) if kind == "trl hf" else run_fipo(folder, workload, kind.split()[1])
+    print(json.dumps(measured))
+
+
+def compare(kinds: tuple[str, str], workloads: tuple[str, ...], csv: Path) -> None:
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         embedded = train_small.embedded_settings(folder, pretrain_steps=1000)
         train_small.make_embedded(embedded, pretrain_steps=1000)
-        base = embedded["model"]
-        of_four_layers(Path(base), folder / "real")
-        of_four_layers(Path(base), folder / "equal")
+        of_four_layers(Path(embedded["model"]), folder / "real")
+        of_four_layers(Path(embedded["model"]), folder / "equal")
         without_end(folder / "equal")
-        for workload in ("real",) if argv == ["vllm"] else ("equal", "real"):  # vLLM refuses an EOS it has not
-            for kind in kinds * REPEATS:
-                words = [sys.executable, __file__, "child", str(folder), workload, *kind.split()]
-                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-                shutil.rmtree(folder / "out")
-                rows.append({"workload": workload, "who": kind} | json.loads(done.stdout))
-                rows[-1]["samples_per_second"] = PROMPTS * GROUP / rows[-1]["seconds"]
-                print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
-            speeds = [median(r["samples_per_second"] for r in rows if (r["workload"], r["who"]) == (workload, kind))
-                      for kind in kinds]  # fmt: skip
-            print(f"{workload}: {' : '.join(kinds)} = {speeds[0]:.0f} : {speeds[1]:.0f} samples/s = "
-                  f"{speeds[0] / speeds[1]:.2f}", flush=True)  # fmt: skip
-    write_csv("step_vllm.csv" if argv == ["vllm"] else "step.csv", rows)
+        for workload in workloads:
+            both = [[], []]
+            for _ in range(REPEATS):  # in turns
+                for kind, speeds in zip(kinds, both):
+                    rows.append(run_child(folder, workload, kind))
+                    speeds.append(rows[-1]["samples_per_second"])
+            a, b = map(median, both)
+            print(f"{workload}: {kinds[0]} : {kinds[1]} = {a:.0f} : {b:.0f} samples/s = {a / b:.2f}", flush=True)
+    datasets.Dataset.from_list(rows).to_csv(csv)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("trl", "vllm"), default="trl", help="beside what (default: trl)")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(Path(given.child[0]), *given.child[1:])
+    elif given.what == "trl":
+        compare(("fipo hf", "trl hf"), ("equal", "real"), RESULTS / "step.csv")
+    else:  # vLLM refuses an EOS that is not in its vocabulary: no `equal`
+        compare(("fipo hf", "fipo vllm"), ("real",), RESULTS / "step_vllm.csv")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:
-        folder, workload, who, sampler = Path(sys.argv[2]), *sys.argv[3:]
-        with redirect_stdout(sys.stderr):
-            measured = run_fipo(folder, workload, sampler) if who == "fipo" else run_trl(folder, workload)
-        print(json.dumps(measured))
-    else:
-        main(sys.argv[1:])
+    main()

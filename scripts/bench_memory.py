@@ -1,28 +1,35 @@
 """Memory of log-probs: token_logprobs against full logits, forward and backward, vocabulary 151,936, growing length.
 
-python tests/bench/memory.py          # writes assets/results/memory.csv; four minutes on two cores, 10 GB
-python tests/bench/memory.py whole    # writes assets/results/memory_20k.csv; about twenty minutes
+python scripts/bench_memory.py          # writes assets/results/memory.csv; four minutes on two cores, 10 GB
+python scripts/bench_memory.py whole    # writes assets/results/memory_20k.csv; about thirty minutes
 
 The model has the head of Qwen2.5-0.5B (151,936 × 896, tied) and one of its layers, so that the vocabulary's part shows.
 Each case is a process of its own; its peak is the largest resident set, less what it had before the pass. `whole` is
 all 24 layers at 20,480 tokens with gradient checkpointing; its peak is that of the process, weights and gradients too.
 """
 
+import argparse
 import json
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import datasets
 import torch
-from results import ROOT, write_csv
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fipo import token_logprobs
 
-from fipo import token_logprobs  # noqa: E402
-
+RESULTS = Path(__file__).parents[1] / "assets" / "results"
 V = 151_936
+CASES = {
+    "layer": [("chunks", 1024), ("chunks", 2048), ("chunks", 4096), ("chunks", 8192), ("full logits", 1024),
+              ("full logits", 2048), ("full logits", 4096)],
+    "whole": [("whole", 20480)],
+}  # fmt: skip
 
 
 def full_logits(model: Qwen2ForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -52,19 +59,22 @@ def case(method: str, length: int) -> None:
                       "seconds": time.perf_counter() - start, "gradient_norm": norm}))  # fmt: skip
 
 
-def main(which: str) -> None:
-    rows, cases = [], (("chunks", (1024, 2048, 4096, 8192)), ("full logits", (1024, 2048, 4096)))
-    for method, lengths in cases if which == "memory" else (("whole", (20480,)),):
-        for length in lengths:
-            words = [sys.executable, __file__, method, str(length)]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            rows.append(json.loads(done.stdout))
-            print(rows[-1], flush=True)
-    write_csv(f"{which}.csv", rows)
+def main(what: str) -> None:
+    rows: list[dict] = []
+    for method, length in CASES[what]:
+        words = [sys.executable, __file__, "--case", method, str(length)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout))
+        print(rows[-1], flush=True)
+    datasets.Dataset.from_list(rows).to_csv(RESULTS / ("memory_20k.csv" if what == "whole" else "memory.csv"))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        case(sys.argv[1], int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=CASES, default="layer", help="one layer (default), or all 24")
+    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # one case, in a process of its own
+    given = parser.parse_args()
+    if given.case:
+        case(given.case[0], int(given.case[1]))
     else:
-        main("memory_20k" if sys.argv[1:] == ["whole"] else "memory")
+        main(given.what)

@@ -1,13 +1,14 @@
 """FIPO against DAPO against GRPO on the embedded task, over seeds; ablations; and a task with a longer horizon.
 
-python tests/bench/compare.py run [GROUP …]   # what is not done yet, into runs/compare; two at a time, a thread each
-python tests/bench/compare.py report          # assets/results/compare.csv and compare.json, assets/compare.png
+python scripts/bench_compare.py run [GROUP …]   # what is not done yet, into runs/compare; two at a time, a thread each
+python scripts/bench_compare.py report          # assets/results/compare.csv and compare.json, assets/compare.png
 
 GROUP: tune (learning rates), main, range, tau, updates, without_m, long; all by default. A run takes 2.5 minutes on one
 core, all of them about three hours on two. The learning rate is decided by `tune`, for each algorithm and on seeds of
 its own; all else are the paper's values, but for what an ablation changes.
 """
 
+import argparse
 import json
 import math
 import os
@@ -19,15 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from results import ROOT, write_csv
+import datasets
+import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import fipo
+import train_small
 
-import matplotlib.pyplot as plt  # noqa: E402
-
-import fipo  # noqa: E402
-import train_small  # noqa: E402
-
+ROOT = Path(__file__).parents[1]
 RUNS = Path(os.environ.get("COMPARE_RUNS", ROOT / "runs" / "compare"))
 ALGORITHMS = {
     "dapo": "--algorithm dapo",
@@ -36,6 +36,7 @@ ALGORITHMS = {
     "grpo": "--algorithm grpo",
 }
 NAMES = {"dapo": "DAPO", "fipo": "FIPO, f in [1, 1.2]", "fipo7b": "FIPO, f in [0.8, 1.2]", "grpo": "GRPO"}
+GROUPS = ("tune", "main", "range", "tau", "updates", "without_m", "long")
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 BEST_LR = "2e-4"  # by `tune`, for each of the four
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # Student's t, two-sided 95 %, by number of values
@@ -95,7 +96,7 @@ def run(name: str, group: str, family: str, seed: int, flags: str) -> None:
 def one(group: str, argv: list[str]) -> None:
     """train_small.py, but for what a flag cannot say."""
     if group == "without_m":
-        filtered = fipo.future_kl  # fipo_loss has set Δ to 0 where there is no token, so only M is left to the mask
+        filtered = fipo.future_kl  # Δ is 0 already where there is no token, so only M is left to the mask
         fipo.future_kl = lambda delta, mask, tau: filtered(delta, delta == delta, tau)
     if group == "long":
         lengthen_the_task()
@@ -162,7 +163,7 @@ def report() -> None:
     runs = {name: how for name, how in plan().items() if (RUNS / name / "done").exists()}
     curves = {name: curve(name) for name in runs}
     rows = [{"run": name, **how, **summary(curves[name])} for name, how in runs.items()]
-    write_csv("compare.csv", rows)
+    datasets.Dataset.from_list(rows).to_csv(ROOT / "assets" / "results" / "compare.csv")
     families: dict[str, dict[int, dict]] = {}
     for row in rows:
         families.setdefault(row["family"], {})[row["seed"]] = row
@@ -217,18 +218,28 @@ def draw(families: dict[str, dict[int, dict]], curves: dict[str, list[dict]], pa
     figure.savefig(path, dpi=130)
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["one"]:
-        one(argv[1], argv[2:])
-    elif argv[:1] == ["run"]:
-        wanted = [{"name": name, **how} for name, how in plan().items() if how["group"] in (argv[1:] or [how["group"]])]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda how: run(**how), sorted(wanted, key=lambda how: how["seed"])))
-    elif argv == ["report"]:
+def run_all(groups: list[str]) -> None:
+    wanted = [{"name": name, **how} for name, how in plan().items() if not groups or how["group"] in groups]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda how: run(**how), sorted(wanted, key=lambda how: how["seed"])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report")
+    commands.add_parser("run").add_argument("groups", nargs="*", metavar="GROUP", choices=GROUPS)
+    commands.add_parser("report")
+    child = commands.add_parser("one")  # one run in a process of its own, started by `run`
+    child.add_argument("group", choices=GROUPS)
+    child.add_argument("settings", nargs=argparse.REMAINDER)  # of train_small.py
+    given = parser.parse_args()
+    if given.command == "run":
+        run_all(given.groups)
+    elif given.command == "report":
         report()
     else:
-        print(__doc__)
+        one(given.group, given.settings)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

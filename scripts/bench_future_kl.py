@@ -1,22 +1,24 @@
 """Future-KL alone: the block scan of fipo.py against the matrix definition and the paper's chunked listing.
 
-python tests/bench/future_kl.py     # writes assets/results/future_kl.csv; about two minutes, 7 GB
+python scripts/bench_future_kl.py     # writes assets/results/future_kl.csv; about two minutes, 7 GB
 """
 
+import argparse
 import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import datasets
 import torch
-from results import ROOT, write_csv
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fipo import future_kl
 
-from fipo import future_kl  # noqa: E402
-
+CSV = Path(__file__).parents[1] / "assets" / "results" / "future_kl.csv"
 B, TAU = 16, 32.0
 
 
@@ -96,8 +98,9 @@ def main() -> None:
             row |= {f"{what}_over_scan": row[what] / scan[what] for what in ("seconds", "peak_bytes")}
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
             rows.append(row)
-    write_csv("future_kl.csv", rows)
+    datasets.Dataset.from_list(rows).to_csv(CSV)
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()
