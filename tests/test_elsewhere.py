@@ -1,6 +1,8 @@
-"""What the README says for taking the loss to TRL and verl, run against those packages where they are installed."""
+"""scripts/trl_fipo.py and scripts/verl_fipo.py, run against TRL and verl where they are installed."""
 
-import re
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,15 +10,18 @@ import torch
 
 import fipo
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-def example(marker: str) -> dict:
-    """The README's Python block that holds `marker`, executed."""
-    (block,) = [text for text in re.findall(r"```python\n(.*?)```", README, re.S) if marker in text]
-    names: dict = {}
-    exec(block, names)
-    return names
+@pytest.fixture(autouse=True)
+def scripts_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", ["trl_fipo", "verl_fipo"])
+def test_help_needs_neither_trl_nor_verl(name):
+    words = [sys.executable, str(SCRIPTS / f"{name}.py"), "--help"]
+    assert "A file to copy" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 def test_trl_trains_with_fipo_and_computes_the_same_loss(base, sums, tmp_path):
@@ -26,7 +31,7 @@ def test_trl_trains_with_fipo_and_computes_the_same_loss(base, sums, tmp_path):
 
     seen = []
 
-    class Watched(example("FIPOTrainer")["FIPOTrainer"]):
+    class Watched(importlib.import_module("trl_fipo").FIPOTrainer):
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
             ours = same_loss_by_fipo(model, inputs, self.args)
@@ -83,7 +88,7 @@ def test_verl_calls_the_registered_loss_and_its_ranks_average_to_ours():
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.config import ActorConfig
 
-    example("register_policy_loss")
+    importlib.import_module("verl_fipo")  # registers the loss
     config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.2,
                          clip_ratio_high=0.28, clip_ratio_c=10.0)  # fmt: skip
     batch = verl_batch(4, 64)
@@ -108,7 +113,7 @@ def test_verl_s_own_actor_loss_reaches_it():
     from verl.workers.config import ActorConfig, PolicyLossConfig
     from verl.workers.utils import losses
 
-    example("register_policy_loss")
+    importlib.import_module("verl_fipo")  # registers the loss
     batch = verl_batch(4, 64)
     fipo_loss = PolicyLossConfig(loss_mode="fipo")
     config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.2,
