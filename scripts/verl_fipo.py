@@ -1,6 +1,6 @@
 """FIPO in verl 0.9: this project's fipo_loss as a policy loss that verl knows as `fipo`. A file to copy.
 
-    export PYTHONPATH=scripts VERL_USE_EXTERNAL_MODULES=verl_fipo     # in every worker: `import verl` imports it too
+    export PYTHONPATH=$PWD/scripts VERL_USE_EXTERNAL_MODULES=verl_fipo  # in every worker: `import verl` imports it too
     python -m verl.trainer.main_ppo … actor_rollout_ref.actor.policy_loss.loss_mode=fipo \\
         actor_rollout_ref.actor.clip_ratio_high=0.28 actor_rollout_ref.actor.clip_ratio_c=10
 
@@ -10,8 +10,8 @@ stand in the code below; the clip ratios are verl's. FIPO's statistics are logge
 
 verl's stay: rollouts, rewards, advantages, dynamic sampling, the optimiser. A response that fipo_loss drops leaves the
 sum, but not verl's count of tokens. tests/test_elsewhere.py calls the function through verl's own actor loss and finds
-the mean over two ranks equal to this project's loss; `.ci/run` runs that with verl 0.9.1. A training by verl was not
-run, and the commands above are from verl's source.
+the mean over two ranks equal to this project's loss, and that `import verl` registers it; `.ci/run` runs that with
+verl 0.9.1. A training by verl was not run.
 
 Whoever copies this file copies future_kl, influence_weight and fipo_loss of fipo.py too; they need only torch.
 

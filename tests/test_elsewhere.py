@@ -1,6 +1,7 @@
 """scripts/trl_fipo.py and scripts/verl_fipo.py, run against TRL and verl where they are installed."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,15 @@ def test_verl_calls_the_registered_loss_and_its_ranks_average_to_ours():
         registered(**{k: v[rows] for k, v in batch.items()}, config=config)[0] for rows in (slice(0, 1), slice(1, 4))
     ]
     assert sum(ranks).item() / 2 == pytest.approx(ours.item(), abs=1e-6)  # gradients are averaged over the ranks
+
+
+def test_import_verl_registers_it_in_any_process():
+    pytest.importorskip("verl")
+    path = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    code = "import verl; from verl.trainer.ppo.core_algos import get_policy_loss_fn as f; print(f('fipo').__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "verl_fipo"})  # fmt: skip
+    assert done.stdout.split()[-1:] == ["fipo_policy_loss"], done.stderr
 
 
 def test_verl_s_own_actor_loss_reaches_it():
