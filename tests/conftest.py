@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 ZERO_3 = str(ROOT / "ds_config.json")
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import fipo  # noqa: E402
 import train_small  # noqa: E402
