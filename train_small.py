@@ -4,7 +4,7 @@ Without a GPU, or without a model to be had, it is the *embedded* run. A tiny Qw
 pretrained, for about two minutes, on a corpus like the internet's: most answers to a sum are short and
 sloppy, some are worked out, and a few are worked out and then checked in reverse order. In it, longer is rarer and more
 often right. Then FIPO rewards right answers on problems that were not in the corpus, and the model comes to think
-longer. At the end it is asked which tokens that has changed (fipo.py, section 11; `--study_seeds 0` leaves it out).
+longer. At the end it is asked which tokens that has changed (scripts/tokens.py; `--study_seeds 0` leaves it out).
 The base model is cached: the next run starts at once.
 
 With a GPU it trains Qwen2.5-0.5B on GSM8K; `--model` chooses another model. Every setting of `fipo.py train` can be
@@ -39,7 +39,10 @@ from transformers import AutoConfig, HfArgumentParser, Qwen2Config, Qwen2ForCaus
 from transformers.utils.logging import disable_progress_bar
 
 matplotlib.use("Agg")
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 import matplotlib.pyplot as plt  # noqa: E402
+
+from tokens import TokensConfig, run_tokens  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- Settings
 
@@ -251,37 +254,7 @@ def study_tokens(cfg: fipo.Config, seeds: int, embedded: bool) -> None:
     out, trained = Path(cfg.out) / "tokens", fipo.newest_checkpoint(Path(cfg.out))
     less = {} if embedded else dict(problems=32, replacement=False)
     how = shared | dict(base=cfg.model, trained=str(trained), data=cfg.eval_data or cfg.data, out=str(out), seeds=seeds)
-    fipo.run_tokens(fipo.TokensConfig(**how | less))
-    rows = json.loads((out / "metrics.json").read_text())["token_map"]
-    draw_token_map(rows[-1], out / "token_map.png")
-
-
-def draw_token_map(row: dict[str, Any], path: Path, columns: int = 60, most: int = 10) -> None:
-    """One response of the token map as a picture, coloured by each view; at most `most` lines of it."""
-    spots, x, y = [], 0, 0  # text, column, line
-    for token in row["tokens"]:
-        text = token.replace("\n", "⏎")
-        if x + len(text) > columns:
-            x, y = 0, y + 1
-        spots.append((text, x, y))
-        x, y = (0, y + 1) if text.endswith("⏎") else (x + len(text), y)
-    spots = [spot for spot in spots if spot[2] < most]
-    lines, columns = 1 + spots[-1][2], max(x + len(text) for text, x, _ in spots)
-    views = [view for view in fipo.VIEWS if view in row]
-    figure, panels = plt.subplots(len(views), 1, squeeze=False, layout="constrained",
-                                  figsize=(max(0.16 * columns, 6), (0.32 * lines + 0.4) * len(views)))  # fmt: skip
-    figure.suptitle(f"{row['prompt'].strip()[-60:]}   {row['caption']}", fontsize="medium", parse_math=False)
-    for axes, view in zip(panels[:, 0], views):
-        (places,), ends = fipo.shades([row], view)
-        for (text, x, y), place in zip(spots, places):
-            axes.add_patch(plt.Rectangle((x, y), len(text), 0.9, fc=fipo.shade(place), ec="0.85", lw=0.5))
-            axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center", parse_math=False)
-        colours = [f"{'white' if not x else 'orange' if x > 0 else 'blue'} {value}" for value, x in ends.items()]
-        axes.set_title(f"{fipo.VIEWS[view][0]}: {', '.join(colours)}", loc="left", fontsize="small")
-        axes.set(xlim=(-0.1, columns + 0.1), ylim=(lines, -0.1))
-        axes.axis("off")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    run_tokens(TokensConfig(**how | less))
 
 
 def hub_has(model: str) -> bool:

@@ -219,7 +219,7 @@ def test_train_small_as_a_user_runs_it(tmp_path):
 def test_the_token_study_of_a_run_is_in_float32(tmp_path, monkeypatch):
     """Whatever the run computed in: bfloat16's rounding would look like a change."""
     asked = []
-    monkeypatch.setattr(fipo, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen"))
+    monkeypatch.setattr(train_small, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen"))
     cfg = fipo.Config(model="m", data="d", eval_data="e", out=str(tmp_path), dtype="bfloat16", max_response=77)
     with pytest.raises(fipo.FipoError, match="seen"):
         train_small.study_tokens(cfg, 2, embedded=False)
