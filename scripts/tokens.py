@@ -350,7 +350,7 @@ body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0
 header {{ position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ccc }} input {{ margin-left: 2em }}
 h3 {{ margin-bottom: 0 }}
 p {{ font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }}
-.prompt {{ color: #777; font-size: 80%; line-height: 1.4; max-height: 14em; overflow: auto }}
+.prompt {{ color: #777; font-size: 80%; line-height: 1.4; max-height: 20em; overflow: auto; margin: .3em 0 }}
 i {{ font-style: normal; border-bottom: 3px none #000; box-shadow: -1px 0 #eee; padding: .1em 0 }}
 .legend {{ display: none }} .legend b {{ font-weight: normal; padding: .2em 1em }}
 * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact }}
@@ -432,10 +432,10 @@ def draw_token_map(row: dict[str, Any], path: Path, columns: int = 90, most: int
     views = [view for view in VIEWS if view in row]
     figure, panels = plt.subplots(len(views), 1, squeeze=False, layout="constrained",
                                   figsize=(max(0.11 * width, 6), (0.28 * lines + 0.4) * len(views)))  # fmt: skip
-    prompt, left = " ".join(row["prompt"].split()), len(spots) - len(shown)
-    prompt = prompt if len(prompt) <= 60 else "…" + prompt[-60:]
-    title = f"{prompt}   {row['caption']}" + (f" ({left} more tokens)" if left else "")
-    figure.suptitle(title, fontsize="medium", parse_math=False)
+    prompt, left = row["prompt"].strip(), len(spots) - len(shown)
+    title = [prompt] if len(prompt) <= 60 and "\n" not in prompt else []  # a longer one is left to the page
+    title += [row["caption"]] + ([f"({left} more tokens)"] if left else [])
+    figure.suptitle("   ".join(title), fontsize="medium", parse_math=False)
     for axes, view in zip(panels[:, 0], views):
         (places,), ends = shades([row], view)
         for (text, x, y), place in zip(shown, places):
