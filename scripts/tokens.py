@@ -59,11 +59,11 @@ class TokensConfig(fipo.SharedConfig):
 
 def check(cfg: TokensConfig) -> None:
     """Refuse settings that cannot work, and models that do not share their tokens."""
-    for name in ("base", "trained", "data", "out"):
-        require(getattr(cfg, name), f"--{name} is missing: see --help.")
-    for name in ("problems", "seeds", "max_prompt", "max_response", "rollout_rows", "tokens_per_micro_batch"):
-        require(getattr(cfg, name) >= 1, f"--{name} is {getattr(cfg, name)}: it must be at least 1.")
-    require(cfg.extrapolate >= 0, f"--extrapolate is {cfg.extrapolate}: it must be at least 0.")
+    fipo.check(cfg)
+    for name in ("base", "trained", "out"):
+        require(getattr(cfg, name), f"--{name} is missing.")
+    for name, least in {"problems": 1, "seeds": 1, "extrapolate": 0}.items():
+        require(getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: it must be at least {least}.")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "the token study runs in one process: start it by python.")
     tokens = []
     for path in (cfg.base, cfg.trained):
@@ -232,73 +232,78 @@ def rules(written: dict[str, list[Response]]) -> Iterator[Rule]:
                 yield Rule(writer, criterion, threshold)
 
 
-@torch.no_grad()
-def write_together(pair: dict[str, fipo.Policy], rule: Rule, problems: list[Problem], seeds: list[int],
-                   cfg: TokensConfig) -> list[list[Response]]:  # fmt: skip
-    """`cfg.seeds` responses to each problem by the writer of a rule, with tokens of the other model where it fires.
+class ReplacingSampler:
+    """Samples with both models, as a rule says. Each of the two draws by random numbers of its own.
 
-    Each of the two draws by random numbers of its own: a rule that never fires leaves the response that the writer
-    alone gives to these seeds, and one that always fires leaves the other's.
+    So a rule that never fires leaves the response that the writer alone gives to these seeds, and one that always fires
+    leaves the other's.
     """
-    n, device = cfg.seeds, pair["base"].device
-    models = [pair[who].model.eval() for who in ("base", "trained")]
-    eos = torch.tensor(pair["trained"].eos, device=device)
-    u_own = uniform(seeds, n, cfg.max_response, device)  # [R, max_response]
-    u_other = uniform([derive_seed(seed, "other") for seed in seeds], n, cfg.max_response, device)
-    u_random = uniform([derive_seed(seed, "random") for seed in seeds], n, cfg.max_response, device)
-    beyond = cfg.extrapolate if rule.criterion == "extrapolated" else 0.0
 
-    longest = max(len(p.prompt_ids) for p in problems)
-    pad = [longest - len(p.prompt_ids) for p in problems]  # on the left, so that all rows grow at the same place
-    ids = torch.tensor([[0] * k + p.prompt_ids for k, p in zip(pad, problems)], device=device)  # [P, L]
-    mask = torch.tensor([[0] * k + [1] * (longest - k) for k in pad], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    caches = [DynamicCache(config=model.config) for model in models]
-    responses = [Response(problem) for problem in problems for _ in range(n)]
-    row = torch.arange(len(responses), device=device)  # which response each row of the batch belongs to
-    with pair["base"].autocast():
-        for step in range(cfg.max_response):
-            how = dict(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, logits_to_keep=1)
-            outs = [model(**how, past_key_values=cache) for model, cache in zip(models, caches)]
-            both = [out.logits[:, -1].float().log_softmax(-1) for out in outs]  # base, trained: [R, V] each
-            if step == 0:  # a prompt is read once, not once per response
-                for cache in caches:
-                    cache.batch_repeat_interleave(n)
-                both, mask = [x.repeat_interleave(n, 0) for x in both], mask.repeat_interleave(n, 0)
-            own, other = both if rule.writer == "base" else both[::-1]
-            token, logp = sample_token(own, 1.0, u_own[row, step])
-            found = compare(*both, token) | {"random": u_random[row, step]}
-            fires = rule.score(found) >= rule.threshold
-            new, new_logp = sample_token(other + beyond * (other - own) if beyond else other, 1.0, u_other[row, step])
-            token, logp = torch.where(fires, new, token), torch.where(fires, new_logp, logp)
-            for r, t, lp, fired in zip(row.tolist(), token.tolist(), logp.tolist(), fires.tolist()):
-                responses[r].response_ids.append(t)
-                responses[r].sampler_logp.append(lp)
-                responses[r].replaced += fired
-            alive = ~torch.isin(token, eos)
-            if not alive.any():
-                break
-            if not alive.all():  # finished rows leave the batch instead of being decoded as padding
-                row, token, mask = row[alive], token[alive], mask[alive]
-                for cache in caches:
-                    cache.batch_select_indices(alive.nonzero()[:, 0])
-            mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
-            ids, positions = token[:, None], mask.sum(1, keepdim=True) - 1
-    return [responses[i * n : (i + 1) * n] for i in range(len(problems))]
+    ranks = 1  # as fipo.sample asks of a sampler
+
+    def __init__(self, pair: dict[str, fipo.Policy], rule: Rule, extrapolate: float = 0.0) -> None:
+        self.pair, self.policy, self.rule = pair, pair["trained"], rule
+        self.extrapolate = extrapolate if rule.criterion == "extrapolated" else 0.0
+
+    @torch.no_grad()
+    def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
+                 top_p: float) -> list[list[Response]]:  # fmt: skip
+        """As HFSampler.generate, but for the lines on what is drawn from whom."""
+        models, device = [self.pair[who].model.eval() for who in ("base", "trained")], self.policy.device
+        eos = torch.tensor(self.policy.eos, device=device)
+        u_own = uniform(seeds, n, max_tokens, device)  # [R, max_tokens]
+        u_other = uniform([derive_seed(seed, "other") for seed in seeds], n, max_tokens, device)
+        u_random = uniform([derive_seed(seed, "random") for seed in seeds], n, max_tokens, device)
+        longest = max(len(p.prompt_ids) for p in problems)
+        pad = [longest - len(p.prompt_ids) for p in problems]  # on the left, so that all rows grow at the same place
+        ids = torch.tensor([[0] * k + p.prompt_ids for k, p in zip(pad, problems)], device=device)  # [P, L]
+        mask = torch.tensor([[0] * k + [1] * (longest - k) for k in pad], device=device)  # [P, L]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        caches = [DynamicCache(config=model.config) for model in models]
+        responses = [Response(problem) for problem in problems for _ in range(n)]
+        row = torch.arange(len(responses), device=device)  # which response each row of the batch belongs to
+        with self.policy.autocast():
+            for step in range(max_tokens):
+                how = dict(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, logits_to_keep=1)
+                outs = [model(**how, past_key_values=cache) for model, cache in zip(models, caches)]
+                both = [(out.logits[:, -1].float() / temperature).log_softmax(-1) for out in outs]  # [rows, V] each
+                if step == 0:  # a prompt is read once per group, not once per response
+                    both, mask = [x.repeat_interleave(n, 0) for x in both], mask.repeat_interleave(n, 0)
+                    for cache in caches:
+                        cache.batch_repeat_interleave(n)
+                own, other = both if self.rule.writer == "base" else both[::-1]
+                token, logp = sample_token(own, top_p, u_own[row, step])
+                fires = self.rule.score(compare(*both, token) | {"random": u_random[row, step]}) >= self.rule.threshold
+                beyond = other + self.extrapolate * (other - own) if self.extrapolate else other
+                new, new_logp = sample_token(beyond, top_p, u_other[row, step])
+                token, logp = torch.where(fires, new, token), torch.where(fires, new_logp, logp)
+                for r, t, lp, fired in zip(row.tolist(), token.tolist(), logp.tolist(), fires.tolist()):
+                    responses[r].response_ids.append(t)
+                    responses[r].sampler_logp.append(lp)
+                    responses[r].replaced += fired
+                alive = ~torch.isin(token, eos)
+                if not alive.any():
+                    break
+                if not alive.all():  # finished rows leave the batch instead of being decoded as padding
+                    row, token, mask = row[alive], token[alive], mask[alive]
+                    for cache in caches:
+                        cache.batch_select_indices(alive.nonzero()[:, 0])
+                mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
+                ids, positions = token[:, None], mask.sum(1, keepdim=True) - 1
+        return [responses[i * n : (i + 1) * n] for i in range(len(problems))]
+
+
+def sample_by_seed(sampler: Any, who: str, problems: list[Problem], cfg: TokensConfig) -> list[tuple[Any, ...]]:
+    """For each of `seeds` a verified response to each problem; what `who` draws is the same whoever helps."""
+    return list(zip(*fipo.sample(sampler, problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)))
 
 
 def replace_tokens(problems: list[Problem], written: dict[str, list[Response]],
                    cfg: TokensConfig) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each rule: fraction replaced and accuracy, a value per seed. Both models are in memory."""
-    pair = {"base": fipo.Policy(cfg.base, cfg), "trained": fipo.Policy(cfg.trained, cfg)}
-    size, rows = max(1, cfg.rollout_rows // cfg.seeds), []
+    pair, rows = {"base": fipo.Policy(cfg.base, cfg), "trained": fipo.Policy(cfg.trained, cfg)}, []
     for rule in progress(list(rules(written)), desc="replace"):
-        seeds = [derive_seed(cfg.seed, "tokens", rule.writer, i) for i in range(len(problems))]  # as write_alone
-        groups = []
-        for i in range(0, len(problems), size):
-            groups += write_together(pair, rule, problems[i : i + size], seeds[i : i + size], cfg)
-        fipo.verify_rollouts([r for group in groups for r in group], pair["trained"].tokenizer, cfg.verifier)
-        by_seed = list(zip(*groups))
+        by_seed = sample_by_seed(ReplacingSampler(pair, rule, cfg.extrapolate), rule.writer, problems, cfg)
         fraction = [sum(r.replaced for r in seed) / sum(len(r.response_ids) for r in seed) for seed in by_seed]
         accuracy = [fipo.group_accuracy(seed) for seed in by_seed]
         rows.append(dataclasses.asdict(rule) | {"fraction": fraction, "accuracy": accuracy})
@@ -500,8 +505,7 @@ def choose_for_map(written: dict[str, list[Response]], updated: list[Response], 
 # ---------------------------------------------------------------------------------------------------- The command
 def write_alone(policy: fipo.Policy, who: str, problems: list[Problem], cfg: TokensConfig) -> list[Response]:
     """`seeds` responses to each problem by one model, in the order of seeds."""
-    groups = fipo.sample(fipo.HFSampler(policy), problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)
-    return [Response(**vars(r)) for seed in zip(*groups) for r in seed]
+    return [Response(**vars(r)) for seed in sample_by_seed(fipo.HFSampler(policy), who, problems, cfg) for r in seed]
 
 
 def write_both(cfg: TokensConfig) -> tuple[dict[str, list[Response]], list[Problem], Any, float]:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fipo
 import tokens
 from fipo import derive_seed
-from tokens import Response, Rule, TokensConfig, compare
+from tokens import ReplacingSampler, Response, Rule, TokensConfig, compare
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def alone(policy, problems, seeds=SEEDS):
     return [Response(**vars(r)) for group in groups for r in group]
 
 
-def replaced(pair, problems, cfg, writer, criterion, threshold, **how):
-    rule, cfg = Rule(writer, criterion, threshold), dataclasses.replace(cfg, **how)
-    return [r for group in tokens.write_together(pair, rule, problems, SEEDS, cfg) for r in group]
+def replaced(pair, problems, writer, criterion, threshold, extrapolate=0.0):
+    sampler = ReplacingSampler(pair, Rule(writer, criterion, threshold), extrapolate)
+    return [r for group in sampler.generate(problems, SEEDS, 2, 24, 1.0, 1.0) for r in group]
 
 
 def ids(responses):
@@ -150,29 +150,29 @@ def test_a_model_that_scales_its_logits_is_refused(cfg, pair, problems):
 
 @pytest.mark.parametrize("criterion", tokens.CRITERIA)
 @pytest.mark.parametrize("writer, other", [("base", "trained"), ("trained", "base")])
-def test_never_is_the_writer_and_always_is_the_other_model(pair, problems, cfg, writer, other, criterion):
-    never = replaced(pair, problems, cfg, writer, criterion, math.inf, extrapolate=0.0)
+def test_never_is_the_writer_and_always_is_the_other_model(pair, problems, writer, other, criterion):
+    never = replaced(pair, problems, writer, criterion, math.inf)
     assert ids(never) == ids(alone(pair[writer], problems)) and not any(r.replaced for r in never)
-    always = replaced(pair, problems, cfg, writer, criterion, -math.inf, extrapolate=0.0)
+    always = replaced(pair, problems, writer, criterion, -math.inf)
     assert ids(always) == ids(alone(pair[other], problems, [derive_seed(seed, "other") for seed in SEEDS]))
     assert all(r.replaced == len(r.response_ids) for r in always)
     assert ids(never) != ids(always)
 
 
-def test_replaced_tokens_are_counted(pair, problems, cfg):
+def test_replaced_tokens_are_counted(pair, problems):
     """The random criterion fires where its own random number is high: count these numbers."""
-    responses = replaced(pair, problems, cfg, "base", "random", 0.7)
+    responses = replaced(pair, problems, "base", "random", 0.7)
     u = fipo.uniform([derive_seed(seed, "random") for seed in SEEDS], 2, 24, fipo.CPU)
     for r, numbers in zip(responses, u):
         assert r.replaced == (numbers[: len(r.response_ids)] >= 0.7).sum().item()
     assert all(sum(r.replaced for r in responses[j::2]) > 0 for j in (0, 1))
 
 
-def test_what_is_written_together_does_not_depend_on_what_is_beside_it(pair, problems, cfg):
-    together = replaced(pair, problems, cfg, "base", "random", 0.5)
-    rule = Rule("base", "random", 0.5)
+def test_what_is_written_together_does_not_depend_on_what_is_beside_it(pair, problems):
+    together = replaced(pair, problems, "base", "random", 0.5)
+    sampler = ReplacingSampler(pair, Rule("base", "random", 0.5))
     for i, problem in enumerate(problems):
-        (group,) = tokens.write_together(pair, rule, [problem], [SEEDS[i]], cfg)
+        (group,) = sampler.generate([problem], [SEEDS[i]], 2, 24, 1.0, 1.0)
         assert ids(group) == ids(together[2 * i : 2 * i + 2])
 
 
@@ -182,7 +182,7 @@ def test_a_token_is_replaced_where_the_other_model_likes_it_less(cfg, pair, prob
     own, threshold = alone(pair[writer], problems), 0.05
     tokens.measure(own, cfg)
     changed = 0
-    for r, new in zip(own, ids(replaced(pair, problems, cfg, writer, "delta_logp", threshold))):
+    for r, new in zip(own, ids(replaced(pair, problems, writer, "delta_logp", threshold))):
         fires = (sign * r.measures["delta_logp"] >= threshold).nonzero()[:, 0].tolist()
         first = fires[0] if fires else len(r.response_ids)
         assert new[:first] == list(r.response_ids)[:first]
@@ -193,7 +193,7 @@ def test_a_token_is_replaced_where_the_other_model_likes_it_less(cfg, pair, prob
 
 def test_extrapolation_goes_beyond_the_trained_model(cfg, pair, problems):
     """Drawn from softmax((1 + γ) log π_RL − γ log π_base), at every position."""
-    for r in replaced(pair, problems, cfg, "base", "extrapolated", -math.inf, extrapolate=0.5):
+    for r in replaced(pair, problems, "base", "extrapolated", -math.inf, extrapolate=0.5):
         row, start = torch.tensor([[*r.problem.prompt_ids, *r.response_ids]]), len(r.problem.prompt_ids)
         with torch.no_grad():
             base, trained = (pair[who].model(row).logits[0, start - 1 : -1].log_softmax(-1) for who in pair)
@@ -224,12 +224,14 @@ def test_the_sweep(cfg, pair, problems):
         assert sum(row["fraction"]) / cfg.seeds == pytest.approx(fraction, abs=0.1)
     row = next(row for row in rows if (row["writer"], row["criterion"]) == ("base", "kl"))
     seeds = [derive_seed(cfg.seed, "tokens", "base", i) for i in range(len(problems))]
-    groups = tokens.write_together(pair, Rule("base", "kl", row["threshold"]), problems, seeds, cfg)
-    fipo.verify_rollouts([r for group in groups for r in group], pair["base"].tokenizer, "dapo")
+    sampler = ReplacingSampler(pair, Rule("base", "kl", row["threshold"]))
+    groups = sampler.generate(problems, seeds, cfg.seeds, cfg.max_response, 1.0, 1.0)
     for j in range(cfg.seeds):
         seed = [group[j] for group in groups]
         assert row["fraction"][j] == sum(r.replaced for r in seed) / sum(len(r.response_ids) for r in seed)
-        assert row["accuracy"][j] == sum(r.correct for r in seed) / len(seed)
+        read = [pair["base"].tokenizer.decode(list(r.response_ids), skip_special_tokens=True) for r in seed]
+        right = [fipo.verify(text, problem.answer) for text, problem in zip(read, problems)]
+        assert row["accuracy"][j] == sum(right) / len(right)
 
 
 def test_a_pair_without_a_difference_has_no_curve(cfg, base, problems, pair):
@@ -306,7 +308,7 @@ def test_colours_have_a_sign_and_a_strength():
 
 def test_a_run_keeps_F_and_f_of_its_last_update(trained):
     kept = tokens.last_update_of(trained)
-    assert {r.correct for r in kept} == {True, False}
+    assert len(kept) == 3 and all(r.problem.prompt_ids for r in kept), "--log_samples of them"
     for r in kept:
         F, f = r.measures["F"], r.measures["f"]
         assert len(F) == len(f) == len(r.response_ids)
@@ -469,17 +471,16 @@ def test_prompts_and_eos_are_the_trained_models_for_both(cfg, trained, tmp_path,
     first = next(row for row in found["replacement"] if (row["writer"], row["criterion"]) == ("base", "delta_logp"))
     assert sum(first["fraction"]) / cfg.seeds < 0.2
 
-    never = [Rule(writer, "delta_logp", math.inf) for writer in ("base", "trained")]
-    texts, together = {}, tokens.write_together
+    class Recorded(ReplacingSampler):
+        def generate(self, *args):
+            groups = super().generate(*args)
+            texts[self.rule.writer] = [r for seed in zip(*groups) for r in seed]
+            return groups
 
-    def recorded(pair, rule, *args):
-        groups = together(pair, rule, *args)
-        texts[rule.writer] = [r for seed in zip(*groups) for r in seed]
-        return groups
-
+    texts, never = {}, [Rule(writer, "delta_logp", math.inf) for writer in ("base", "trained")]
     written, problems, *_ = tokens.write_both(cfg)
     monkeypatch.setattr(tokens, "rules", lambda written: never)
-    monkeypatch.setattr(tokens, "write_together", recorded)
+    monkeypatch.setattr(tokens, "ReplacingSampler", Recorded)
     tokens.replace_tokens(problems, written, cfg)
     assert all(ids(texts[writer]) == ids(written[writer]) for writer in ("base", "trained"))
 
