@@ -127,7 +127,7 @@ def documents(style: str, slip: float | None, n: int, problems: list[list[int]],
 
 def pretrain(folder: Path, steps: int, lr: float = 5e-3) -> None:
     """Make the base model, an ordinary Hugging Face folder: a Qwen2 trained to continue a prompt as the corpus does."""
-    fipo.make_folder(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     rng, tokenizer, problems = random.Random(0), character_tokenizer(), all_problems()[FOR_CORPUS]
     model = Qwen2ForCausalLM(
@@ -179,7 +179,7 @@ def make_embedded(settings: dict[str, Any], pretrain_steps: int) -> None:
     problems = all_problems()
     for name, part in (("data", FOR_RL), ("eval_data", HELD_OUT)):
         path = Path(settings[name])
-        fipo.make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"prompt": question(digits), "answer": str(sum(digits))} for digits in problems[part]]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -333,7 +333,6 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    fipo.begin()
     with fipo.one_clear_sentence():
         run(argv)
 
