@@ -16,7 +16,7 @@ reinforced future count more. The sections below follow the data:
   9. Update      several AdamW steps on one batch of rollouts, one per mini-batch            Policy, add_gradients
  10. Loop        3 to 9 until done. Groups that are all right or all wrong teach nothing:
                  more are sampled in their place (dynamic sampling). Evaluation              train, evaluate
-Around it: 11 checkpoints, logs and signals; 12 many GPUs; 13 the command line.
+ 11. – 13.       checkpoints, logs and signals; many GPUs; the command line
 
 At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO. FIPO acts only because one batch of rollouts
 feeds several updates. DAPO is FIPO with f ≡ 1. GRPO is DAPO with a symmetric clip, no dual clip, a mean per response,
@@ -28,8 +28,7 @@ Departures from the paper and from the authors' release (the README has the tabl
   c. γ and F are float32 whatever the model runs in: in bfloat16, τ = 32 would turn into 35.
   d. The first warm-up step already learns. Warm-up counts batches of rollouts. Sampling stops when the batch is full.
   e. No KL term, no entropy bonus, no reference model, no critic, as in DAPO.
-  f. Random numbers are derived from (seed, what for, step, problem), so resuming needs no generator state. In float32
-     on a CPU, a response does not depend on what is sampled beside it; a GPU's kernels round by the batch's shape.
+  f. Random numbers come from (seed, what for, step, problem), so that resuming needs no generator's state.
 
   python fipo.py train --model Qwen/Qwen2.5-0.5B --data openai/gsm8k:main --out runs/gsm8k --max_response 1024 \
                        --overlong_buffer 256 --prompts_per_batch 64 --prompts_per_mini_batch 16
@@ -44,6 +43,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -57,7 +57,6 @@ import threading
 import warnings
 import zlib
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -143,12 +142,8 @@ class Config(EvalConfig):  # of `fipo.py train`: the paper's 32B recipe, but for
 
 DAPO = dict(weight_range=[1.0, 1.0], clip_high=0.28, dual_clip=10.0, loss_mean="token", dynamic_sampling=True,
             overlong_buffer=4096)  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "fipo": DAPO | dict(weight_range=[1.0, 1.2]),
-    "dapo": DAPO,
-    "grpo": DAPO | dict(clip_high=0.2, dual_clip=math.inf, loss_mean="response", dynamic_sampling=False,
-                        overlong_buffer=0),
-}  # fmt: skip
+GRPO = dict(clip_high=0.2, dual_clip=math.inf, loss_mean="response", dynamic_sampling=False, overlong_buffer=0)
+PRESETS = {"fipo": DAPO | dict(weight_range=[1.0, 1.2]), "dapo": DAPO, "grpo": DAPO | GRPO}
 
 
 class FipoError(Exception):
@@ -193,10 +188,10 @@ def load_problems(source: str) -> list[Problem]:
     name, config, split = (source.split(":") + ["", ""])[:3]
     problems: dict[str, Problem] = {}
     with explain(f"reading problems from {source}"):  # rows are read from the disk as they are asked for
-        require(kind or not os.path.exists(source), f"{source} is not a .jsonl, .json or .parquet file.")
-        require(not kind or os.path.getsize(source), f"{source} is empty: it must hold problems.")
-        where = dict(path=kind, data_files=source) if kind else dict(path=name, name=config or None)
-        rows = datasets.load_dataset(**where, split=split or "train")
+        sound = os.path.getsize(source) if kind else not os.path.exists(source)
+        require(sound, f"{source} is empty, or not a .jsonl, .json or .parquet file.")
+        place = dict(path=kind, data_files=source) if kind else dict(path=name, name=config or None)
+        rows = datasets.load_dataset(**place, split=split or "train")
         for i, row in enumerate(progress(rows, desc="problems"), 1):
             problem = read_problem(row, f"{source}: row {i}")
             problems.setdefault(json.dumps(problem.prompt, sort_keys=True), problem)
@@ -234,8 +229,8 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
 
 def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
     """Problems with their `prompt_ids`. Too long prompts are dropped, with a count; FipoError if none is left."""
-    tokenizer = policy.tokenizer
-    encoded = [dataclasses.replace(p, prompt_ids=encode_prompt(p.prompt, tokenizer)) for p in load_problems(source)]
+    encode = functools.partial(encode_prompt, tokenizer=policy.tokenizer)
+    encoded = [dataclasses.replace(p, prompt_ids=encode(p.prompt)) for p in load_problems(source)]
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(encoded):
@@ -338,9 +333,8 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: 
            temperature: float, top_p: float) -> Iterator[list[Rollout]]:  # fmt: skip
     """A group of `n` verified responses to each problem, in their order, on every rank.
 
-    Engines are given `rollout_rows` responses each at a time, so that who has seen enough can stop, and who needs only
-    some groups need not hold the rest. They take turns: problem j of a chunk is engine j % engines's. What is drawn
-    depends on `what_for` and on the problem's place alone.
+    Each engine is given `rollout_rows` responses at a time, so that who has seen enough can stop. They take turns:
+    problem j of a chunk is engine j % engines's. What is drawn depends on `what_for` and the problem's place alone.
     """
     engines, engine = world() // sampler.ranks, rank() // sampler.ranks
     size = engines * max(1, cfg.rollout_rows // n)
@@ -350,7 +344,7 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: 
             mine = chunk[engine::engines]
             drawn, seeds = [problems[i] for i in mine], [derive_seed(*what_for, i) for i in mine]
             groups = sampler.generate(drawn, seeds, n, cfg.max_response, temperature, top_p) if mine else []
-            for r in (r for group in groups for r in group):
+            for r in itertools.chain(*groups):
                 r.text = sampler.policy.tokenizer.decode(list(r.response_ids), skip_special_tokens=True)
                 r.correct = VERIFY[cfg.verifier](r.text, r.problem.answer)
             stop_if_signalled()
@@ -582,8 +576,8 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
     """This rank's share of a mini-batch, in parts of at most `max_tokens` tokens with padding, or of one response.
 
     Dealt out by length: padding is small, and no rank has more tokens than another by over one response. All ranks get
-    the same number of parts, some perhaps empty: sharded weights are gathered by all ranks together. A response always
-    goes to the same rank, which so has at the update the log-probs that it scored before.
+    the same number of parts, some perhaps empty: sharded weights are gathered by all ranks together. The same
+    response always goes to the same rank, which has scored it before.
     """
     parts: list[list[list[Rollout]]] = [[] for _ in range(world())]
     for i, r in enumerate(sorted(mini_batch, key=len, reverse=True)):  # a lack of memory shows at once
@@ -622,9 +616,9 @@ class Policy:
     def __init__(self, path: str, cfg: SharedConfig) -> None:
         self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
-        has_bf16 = self.device != CPU and torch.cuda.is_bf16_supported(including_emulation=False)
-        require(self.device == CPU or has_bf16 or cfg.dtype != "bfloat16", "this GPU has no bfloat16: --dtype float32.")
-        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and has_bf16)
+        fast = self.device != CPU and torch.cuda.is_bf16_supported(including_emulation=False)
+        require(self.device == CPU or fast or cfg.dtype != "bfloat16", "this GPU has no bfloat16: --dtype float32.")
+        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and fast)
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         self.vllm = wants_vllm(cfg)
@@ -641,14 +635,13 @@ class Policy:
 
     def load(self) -> None:
         """Read tokenizer and model; of a model that vLLM evaluates, with weights of its own, only the shape."""
-        disable_progress_bar()  # transformers' bars would tear ours apart
-        small = self.bf16 and (self.float32_in_optimizer or not self.training)
-        how = dict(dtype=torch.bfloat16 if small else torch.float32, attn_implementation="sdpa")
-        shape_only = dict(device_map="meta") if self.vllm and not self.training else {}
+        low = self.bf16 and (self.float32_in_optimizer or not self.training)
+        how = dict(dtype=torch.bfloat16 if low else torch.float32, attn_implementation="sdpa")
+        how |= dict(device_map="meta") if self.vllm and not self.training else {}
         with explain(f"loading the model {self.path!r} (a folder with all its files, or a name on the hub?)"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-            self.model = AutoModelForCausalLM.from_pretrained(self.path, **how, **shape_only)
-        if not (self.sharded or shape_only):
+            self.model = AutoModelForCausalLM.from_pretrained(self.path, **how)
+        if not (self.sharded or "device_map" in how):
             self.model.to(self.device)
 
     def prepare(self, **adamw: Any) -> None:  # to train
@@ -753,8 +746,9 @@ def summarize_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     sums = {name: sum(u[name] for u in updates) for name in ("skipped_updates", "dropped_sequences", "dropped_tokens")}
     if means["skipped_updates"] == 1:
         say("warning: every gradient of this step held NaN or infinity, so nothing was learned: lower --lr?")
-    first, last = ({"influence": u["influence/mean"], "policy_kl": u["policy_kl"]} for u in (updates[0], updates[-1]))
-    return means | sums | {f"{k}/first": v for k, v in first.items()} | {f"{k}/last": v for k, v in last.items()}
+    first, last = updates[0], updates[-1]
+    return means | sums | {"influence/first": first["influence/mean"], "influence/last": last["influence/mean"],
+                           "policy_kl/first": first["policy_kl"]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- 10. Loop
@@ -770,8 +764,7 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
     """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
 
-    Returns the groups, statistics of all groups up to the last one kept, and the place in the data behind it. Raises
-    NoSignal.
+    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it, or NoSignal.
     """
     groups: list[list[Rollout]] = []
     accuracies, lengths, rounds = [], [], cfg.max_gen_rounds if cfg.dynamic_sampling else 1
@@ -850,24 +843,20 @@ def evaluate(sampler: Any, problems: list[Problem], cfg: EvalConfig, step: int =
     """avg@n, cons@n, pass@k and mean length over n = eval_samples responses a problem; and the groups of responses."""
     n, k, what_for = cfg.eval_samples, cfg.eval_k or cfg.eval_samples, (cfg.seed, "eval", step)
     groups = list(sample(sampler, problems, what_for, cfg, n, cfg.eval_temperature, cfg.eval_top_p))
+    right = [sum(r.correct for r in group) for group in groups]
     return {
-        "eval/accuracy": fmean(r.correct for group in groups for r in group),
+        "eval/accuracy": fmean(right) / n,
         "eval/cons": fmean(majority_correct(group, cfg.verifier) for group in groups),
-        "eval/pass": fmean(pass_at_k(n, sum(r.correct for r in group), k) for group in groups),
+        "eval/pass": fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in right),  # unbiased for k < n
         "eval/response_length": fmean(len(r.response_ids) for group in groups for r in group),
     }, groups
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The unbiased chance that k of n responses, `correct` of them right, hold a right one: 1 − C(n−c, k) / C(n, k)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority_correct(group: list[Rollout], verifier: str) -> bool:
     """Is the most frequent answer right? Responses without an answer do not vote; ties fall to the one seen first."""
     answers = [EXTRACT[verifier](r.text) for r in group]
-    votes = Counter(answer for answer in answers if answer is not None)
-    return bool(votes) and group[answers.index(votes.most_common(1)[0][0])].correct
+    votes = [answer for answer in answers if answer is not None]
+    return bool(votes) and group[answers.index(max(votes, key=votes.count))].correct
 
 
 # ------------------------------------------------------------------------------ 11. Checkpoints, logs and signals
@@ -901,7 +890,6 @@ def save_checkpoint(policy: Policy, state: State) -> None:
             partial.rename(final)
             for old in sorted(folder.glob("step_*"))[:-2]:
                 shutil.rmtree(old)
-        all_gather("here")
     state.whole = True
 
 
@@ -930,6 +918,12 @@ def open_run(cfg: Config) -> tuple[Policy, State]:
     return policy, state
 
 
+SHOWN = {"step": "step {:4d}", "accuracy": "accuracy {:5.1%}", "response_length/mean": "length {:6.1f}",
+         "influence/last": "f {:.3f}", "clip_frac": "clip {:5.2%}", "entropy": "entropy {:.3f}",
+         "grad_norm": "grad {:.2f}", "tokens_per_second": "{:,.0f} tokens/s",
+         "eval/accuracy": "\n           held out {:5.1%}", "eval/response_length": "length {:6.1f}"}  # fmt: skip
+
+
 def open_logs(cfg: Config, state: State) -> Callable[[dict[str, Any]], None]:
     """Cut the logs where `state` stands: what came after is written again, to the digit. Returns what logs metrics."""
     out, wandb = Path(cfg.out), None
@@ -940,7 +934,7 @@ def open_logs(cfg: Config, state: State) -> Callable[[dict[str, Any]], None]:
 
     def log(metrics: dict[str, Any]) -> None:
         append_jsonl(out / "metrics.jsonl", [metrics])
-        say(readable(metrics))
+        say("  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics))
         if wandb:
             wandb.log(metrics, step=metrics["step"])
 
@@ -968,25 +962,16 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def sample_row(r: Rollout) -> dict[str, Any]:
     """A response to read; and what the loss saw of it, if this rank trained on it (scripts/tokens.py shows F and f)."""
     row = {"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct}
-    return row | {"length": len(r.response_ids)} | ({} if r.logp is None else {
-        "prompt_ids": r.problem.prompt_ids, "response_ids": list(r.response_ids), "advantage": r.advantage,
-        "old_logp": r.old_logp.tolist(), "logp": r.logp.tolist()})  # fmt: skip
+    row["length"] = len(r.response_ids)
+    if r.logp is not None:
+        row |= {"prompt_ids": r.problem.prompt_ids, "response_ids": list(r.response_ids), "advantage": r.advantage,
+                "old_logp": r.old_logp.tolist(), "logp": r.logp.tolist()}  # fmt: skip
+    return row
 
 
 def log_samples(cfg: Config, step: int, kind: str, rollouts: list[Rollout]) -> None:
     rows = [{"step": step, "kind": kind} | sample_row(r) for r in rollouts[: cfg.log_samples]]
     append_jsonl(Path(cfg.out) / "samples.jsonl", rows)
-
-
-READABLE = {"step": "step {:4d}", "accuracy": "accuracy {:5.1%}", "response_length/mean": "length {:6.1f}",
-            "influence/last": "f {:.3f}", "clip_frac": "clip {:5.2%}", "entropy": "entropy {:.3f}",
-            "grad_norm": "grad {:.2f}", "tokens_per_second": "{:,.0f} tokens/s", "eval/accuracy": "avg@n {:.1%}",
-            "eval/cons": "cons@n {:.1%}", "eval/pass": "pass@k {:.1%}",
-            "eval/response_length": "length {:.1f}"}  # fmt: skip
-
-
-def readable(metrics: dict[str, float]) -> str:  # one line for a step, or for an evaluation
-    return "  ".join(form.format(metrics[name]) for name, form in READABLE.items() if name in metrics)
 
 
 stop = threading.Event()  # SIGINT or SIGTERM came
@@ -1008,26 +993,23 @@ def saved_at_the_end(policy: Policy, state: State) -> Iterator[None]:
     """
 
     def interrupt(*_: Any) -> None:
+        at_once = world() == 1 and state.whole and not stop.is_set()  # a second signal does not cut the saving short
         stop.set()
-        if world() == 1 and state.whole:
+        if at_once:
             raise KeyboardInterrupt
 
     stop.clear()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         yield
     except BaseException as error:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)  # a second signal shall not cut the saving short
         if state.whole and (world() == 1 or isinstance(error, (FipoError, KeyboardInterrupt))):
             save_checkpoint(policy, state)
             say(f"saved step {state.step} in {policy.cfg.out}/checkpoints; --resume goes on from there.")
         if isinstance(error, KeyboardInterrupt):
             sys.exit(0)
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------- 12. Many GPUs: ranks, vLLM, DeepSpeed. Ranks first
@@ -1245,9 +1227,11 @@ def check(cfg: SharedConfig) -> None:
     for name, value in vars(cfg).items():
         require(value or name not in ("model", "data", "base", "trained"), f"--{name} is missing.")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            least = {"group_size": 2, "dual_clip": 1}.get(name, 0 if name in MAY_BE_0 else type(value)(1) or 1e-3)
-            require(value >= least, f"--{name} is {value}: it must be at least {least}.")
-            require(math.isfinite(value) or name == "dual_clip", f"--{name} is {value}: it must be finite.")
+            least = 0 if name in MAY_BE_0 else 1e-3 if isinstance(value, float) else 1
+            most = math.inf if name == "dual_clip" else sys.float_info.max
+            require(least <= value <= most, f"--{name} is {value}: it must be at least {least}, and finite.")
+    k, n = getattr(cfg, "eval_k", 0), getattr(cfg, "eval_samples", 0)
+    require(k <= n, f"--eval_k is {k}, above --eval_samples {n}.")
 
 
 def resolve(cfg: Config) -> Config:
@@ -1257,6 +1241,7 @@ def resolve(cfg: Config) -> Config:
     check(cfg)
     batch, mini, bounds = cfg.prompts_per_batch, cfg.prompts_per_mini_batch, cfg.weight_range
     require(cfg.out, "--out is missing.")
+    require(cfg.group_size > 1, "--group_size is 1: responses are compared with one another, so it must be at least 2.")
     require(batch % mini == 0, f"--prompts_per_mini_batch ({mini}) must divide --prompts_per_batch ({batch}).")
     require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer"
             f" ({cfg.overlong_buffer}; 0: no penalty).")  # fmt: skip
@@ -1286,6 +1271,8 @@ def one_clear_sentence() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # not every terminal knows τ
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    disable_progress_bar()  # transformers' bars would tear ours apart
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is told once, at the end
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed seeks one
     try:
         yield
@@ -1305,14 +1292,13 @@ def one_clear_sentence() -> Iterator[None]:
 def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)
-    require(cfg.eval_k <= cfg.eval_samples, f"--eval_k is {cfg.eval_k}, above --eval_samples {cfg.eval_samples}.")
-    done = cfg.out and (Path(cfg.out) / "eval.json").exists()
+    n, done = cfg.eval_samples, cfg.out and (Path(cfg.out) / "eval.json").exists()
     require(not done, f"{cfg.out} holds an evaluation: choose another --out, or remove its eval.json.")
     policy = Policy(cfg.model, cfg)
     sampler = VLLMSampler(policy) if policy.vllm else HFSampler(policy)
     scores, groups = evaluate(sampler, encode_problems(cfg.data, policy, cfg), cfg)
-    say(f"{cfg.data}: {len(groups)} problems, n = {cfg.eval_samples}, k = {cfg.eval_k or cfg.eval_samples}, "
-        f"temperature {cfg.eval_temperature}, top-p {cfg.eval_top_p} {readable(scores)}")  # fmt: skip
+    named = zip((f"avg@{n}", f"cons@{n}", f"pass@{cfg.eval_k or n}", "length"), scores.values())
+    say(f"{cfg.data}: {len(groups)} problems, " + ", ".join(f"{name} {value:.4g}" for name, value in named))
     if cfg.out:
         os.makedirs(cfg.out, exist_ok=True)
         (Path(cfg.out) / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | scores, indent=2))
