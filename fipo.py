@@ -1062,30 +1062,35 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
         for lock in extensions.rglob("lock"):
             say(f"waiting for what is being compiled there; if nothing is, remove {lock}")
         ds.init_distributed(verbose=False, timeout=PATIENCE)
-    over, GLOO["hosts"] = threading.Event(), distributed.new_group(backend="gloo", timeout=PATIENCE)
-    if world() > 1:
-        ring = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
-        threading.Thread(target=watch_neighbour, args=(ring, over), daemon=True).start()
+    GLOO["hosts"] = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    over, ring = threading.Event(), distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+    watch = threading.Thread(target=watch_neighbour, args=(ring, over), daemon=True)
+    watch.start()
     try:
         yield
         all_gather("here")
     finally:
         if isinstance(sys.exc_info()[1], (type(None), FipoError, SystemExit)):  # else the others shall notice
             over.set()
+            if world() > 1:
+                distributed.send(torch.zeros(1), (rank() + 1) % world(), ring)
+            watch.join(60)
             if "vllm" not in sys.modules:  # vLLM destroys the groups at exit, and fails if they are gone
                 distributed.destroy_process_group()  # or its threads outlive Python, which aborts
 
 
 def watch_neighbour(ring: Any, over: threading.Event) -> None:
-    """Wait for a word of the rank before this one, which never comes: but if that ends, the connection does.
+    """Wait for the word that the rank before this one sends at its end. If that dies, the connection breaks instead.
 
-    The main thread may wait for it in a collective for ever; so, unless all is over, the process is ended from here.
+    This rank may then be waiting for the dead one in a collective: so it is ended from here, a thread of its own.
     """
-    with contextlib.suppress(RuntimeError):
-        distributed.recv(torch.zeros(1), (rank() - 1) % world(), ring)
-    if not over.wait(10):
-        print(RANK_ENDED, file=sys.stderr, flush=True)
-        os._exit(1)
+    if world() > 1:
+        with contextlib.suppress(RuntimeError):
+            distributed.recv(torch.zeros(1), (rank() - 1) % world(), ring)
+            over.wait(30)  # it ended in good order; so will this one
+        if not over.is_set():
+            print(RANK_ENDED, file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------- … vLLM
@@ -1200,7 +1205,7 @@ class DeepSpeedPolicy(Policy):
         return float(self.engine.get_global_grad_norm())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in super().weights():
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
             with self.deepspeed.zero.GatheredParameters([weight]):
                 yield name, weight.data.clone()
 

@@ -28,21 +28,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import fipo  # first, since it says in one sentence what is not installed
-from fipo import say
-
-# isort: split
 import matplotlib
 import torch
 from tqdm import trange
 from transformers import AutoConfig, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-from transformers.utils.logging import disable_progress_bar
+
+import fipo
+from fipo import say
 
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 import matplotlib.pyplot as plt  # noqa: E402
-
-from tokens import TokensConfig, run_tokens  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- Settings
 
@@ -150,7 +145,6 @@ def pretrain(folder: Path, steps: int, lr: float = 5e-3) -> None:
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-    disable_progress_bar()  # transformers' bar would tear ours apart
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -248,6 +242,9 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
 
 def study_tokens(cfg: fipo.Config, seeds: int, embedded: bool) -> None:
     """The closing act: which tokens did this run change? Token replacement only if both models are tiny."""
+    sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+    from tokens import TokensConfig, run_tokens
+
     say("\nwhich tokens did RL change?")
     names = {f.name for f in dataclasses.fields(fipo.SharedConfig)} | {"tokens_per_micro_batch"}
     shared = {name: getattr(cfg, name) for name in names - {"dtype"}}  # float32: rounding would look like a change

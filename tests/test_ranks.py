@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, ZERO_3, alike, finished, flags, launch, second_rank, wait_for_step
+from conftest import ROOT, SCRIPTS, ZERO_3, alike, finished, flags, free_port, launch, second_rank, wait_for_step
 from transformers import AutoModelForCausalLM
 
 import fipo
@@ -31,7 +31,7 @@ def test_every_rank_has_the_same_number_of_passes_and_about_as_many_tokens(monke
     for me in range(ranks):
         monkeypatch.setattr(fipo, "world", lambda: ranks)
         monkeypatch.setattr(fipo, "rank", lambda me=me: me)
-        shares.append(fipo.my_passes(mini, max_tokens=60))
+        shares.append(fipo.micro_batches(mini, max_tokens=60))
     assert len({len(passes) for passes in shares}) == 1
     everyone = [id(r) for passes in shares for part in passes for r in part]
     assert sorted(everyone) == sorted(id(r) for r in mini), "each response has one rank"
@@ -55,10 +55,10 @@ def given(base, sums, tmp_path_factory):
         model=base, data=sums, out=str(folder), group_size=8, prompts_per_batch=6, prompts_per_mini_batch=2,
         max_prompt=16, max_response=32, overlong_buffer=8, tokens_per_micro_batch=200, dtype="float32",
     ))  # fmt: skip
-    policy = fipo.open_policy(base, cfg)
+    policy = fipo.Policy(base, cfg)
     problems = fipo.encode_problems(sums, policy, cfg)
     groups, _, _ = fipo.collect_rollouts(fipo.HFSampler(policy), problems, cfg, 1, 0)
-    fipo.assign_rewards([r for g in groups for r in g], cfg)
+    fipo.assign_rewards(groups, cfg)
     fipo.assign_advantages(groups)
     rows = [
         [
@@ -70,10 +70,10 @@ def given(base, sums, tmp_path_factory):
     ]  # fmt: skip
     runaway = next(row["response_ids"] for group in rows for row in group if row["advantage"] < 0)
 
-    def run(ranks: int = 0, **change):
+    def run(ranks: int = 0, broken: int = -1, **change):
         changed = dataclasses.asdict(dataclasses.replace(cfg, **change))
         settings, result = Path(tempfile.mkstemp(dir=folder)[1]), Path(tempfile.mkstemp(dir=folder)[1])
-        settings.write_text(json.dumps({"config": changed, "groups": rows, "runaway": runaway}))
+        settings.write_text(json.dumps({"config": changed, "groups": rows, "runaway": runaway, "broken": broken}))
         finished(launch([str(ROOT / "tests" / "three_updates.py"), str(settings), str(result)], ranks))
         return torch.load(result)
 
@@ -111,6 +111,12 @@ def test_same_result_however_it_is_split(given, plain, zero, split):
         torch.testing.assert_close(weight, plain["weights"][name], atol=4e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_gradient_that_is_not_finite_moves_nothing_under_deepspeed_either(given, zero, stage):
+    updates = given(ranks=2, broken=1, deepspeed=zero(stage=stage), dtype="bfloat16")["updates"]
+    assert [u["moved"] for u in updates] == [1.0, 0.0, 1.0] and math.isinf(updates[1]["grad_norm"])
+
+
 # ----------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -124,22 +130,21 @@ def train(cfg: fipo.Config, ranks: int = 0, *extra: str, by: str = "torchrun") -
     return launch([str(ROOT / "fipo.py"), "train", *flags(cfg), *extra], ranks, by)
 
 
-def test_two_ranks_log_what_one_logs_and_a_checkpoint_outlives_its_number_of_ranks(sharded, tmp_path):
-    """Rollouts, evaluation and updates; then 2 steps on two ranks and 2 on one, and the other way round."""
-    began, whole = time.time(), dataclasses.replace(sharded, out=str(tmp_path / "whole"), deepspeed="")
+def test_two_ranks_log_what_one_logs_and_a_run_goes_on_as_it_was_begun(sharded, tmp_path):
+    """Rollouts, evaluation and updates on two ranks and on one, by both launchers; not resumed by another number."""
+    whole = dataclasses.replace(sharded, out=str(tmp_path / "whole"), deepspeed="")
     finished(train(whole))
-    for first, then in ((2, 1), (1, 2)):
-        cfg = dataclasses.replace(sharded, out=str(tmp_path / f"{first}-then-{then}"))
-        finished(train(dataclasses.replace(cfg, steps=2), ranks=first))
-        assert f"to {then} ranks" in finished(train(cfg, then, "--resume", by="deepspeed"))
-        alike(Path(cfg.out), Path(whole.out))
-    assert not {p for p in Path("/dev/shm").glob("deepspeed_*") if p.stat().st_mtime > began}, (
-        "shared memory is given back"
-    )
-    with pytest.raises(fipo.FipoError, match="written with the other engine: give --deepspeed"):
+    cfg = dataclasses.replace(sharded, out=str(tmp_path / "two"))
+    finished(train(dataclasses.replace(cfg, steps=2), ranks=2))
+    output = finished(train(cfg, 1, "--resume"), status=1)
+    assert re.search("reading the optimiser in .*step_000002 .by the engine and the number of ranks", output), output
+    assert "Traceback" not in output, output
+    finished(train(cfg, 2, "--resume", by="deepspeed"))
+    alike(Path(cfg.out), Path(whole.out))
+    with pytest.raises(fipo.FipoError, match="reading the optimiser in .*by the engine"):
         fipo.train(dataclasses.replace(cfg, deepspeed="", resume=True, steps=9))
     output = finished(train(dataclasses.replace(whole, deepspeed=ZERO_3, steps=9), 1, "--resume"), status=1)
-    assert "written with the other engine: leave out --deepspeed" in output
+    assert "reading the optimiser in" in output and "Traceback" not in output, output
     model = AutoModelForCausalLM.from_pretrained(Path(cfg.out) / "checkpoints" / "step_000004")
     other = AutoModelForCausalLM.from_pretrained(Path(whole.out) / "checkpoints" / "step_000004")
     for name, weight in other.state_dict().items():
@@ -161,7 +166,7 @@ def test_a_signal_to_one_rank_stops_all_and_they_resume_exactly(sharded, tmp_pat
 
 def test_when_a_rank_dies_the_others_end_with_a_message_and_the_checkpoint_is_whole(sharded):
     """Without a launcher that would end them: as on another node of a cluster."""
-    cfg, port = dataclasses.replace(sharded, steps=1000, eval_data=""), str(fipo.free_port())
+    cfg, port = dataclasses.replace(sharded, steps=1000, eval_data=""), str(free_port())
     both = [
         launch([str(ROOT / "fipo.py"), "train", *flags(cfg)], RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2",
                MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -169,24 +174,27 @@ def test_when_a_rank_dies_the_others_end_with_a_message_and_the_checkpoint_is_wh
     ]  # fmt: skip
     wait_for_step(Path(cfg.out), 3, both[0])
     both[1].send_signal(signal.SIGKILL)
-    output, _ = both[0].communicate(timeout=60)
+    output, _ = both[0].communicate(timeout=30)
     assert (
         "Traceback" not in output
         and both[0].returncode != 0
-        and re.search("nothing heard of rank 1 for 20 s|another rank has ended", output)
+        and "another rank has ended" in output
     ), output
     assert fipo.newest_checkpoint(Path(cfg.out)).name.startswith("step_")
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(deepspeed=""), "several processes were started: give --deepspeed"),
+    (dict(deepspeed=""), "--deepspeed ds_config.json needs a launcher, as torchrun, and the other way"),
     (dict(deepspeed="no.json"), "reading no.json failed"),
     (dict(deepspeed=ZERO_3), "cannot read a model that ZeRO-3 has cut into shards"),
     (dict(deepspeed="broken"), "overlap_com Extra inputs are not permitted"),
+    (dict(deepspeed="stage 1"), "zero_optimization.stage must be 2 or 3"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(sharded, zero, change, said):
     if change["deepspeed"] == "broken":
         change = dict(deepspeed=zero(overlap_com=True))
+    if change["deepspeed"] == "stage 1":
+        change = dict(deepspeed=zero(stage=1))
     output = finished(train(dataclasses.replace(sharded, **change), 2, by="deepspeed"), status=1)
     assert said in output and "Traceback" not in output, output
 
@@ -199,7 +207,19 @@ def test_a_missing_compiler_is_told(sharded, tmp_path):
         (tools / name).symlink_to(SCRIPTS / name)
     words = [str(ROOT / "fipo.py"), "train", *flags(sharded)]
     output = finished(launch(words, 1, PATH=str(tools), TORCH_EXTENSIONS_DIR=str(tmp_path)), status=1)
-    assert "are g++ and ninja installed" in output and 'fipo.py", line' not in output, output
+    assert "to compile its extension, g++ and ninja" in output and 'fipo.py", line' not in output, output
+
+
+def test_the_lock_of_a_build_that_was_killed_is_named(sharded, tmp_path):
+    """torch would wait for it in silence, and for ever."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    process = launch([str(ROOT / "fipo.py"), "train", *flags(sharded)], 1, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    line = next(line for line in process.stdout if str(lock) in line)
+    assert "if nothing is, remove" in line
+    lock.unlink()
+    finished(process)
 
 
 # ------------------------------------------------------------------------------------- what train_32b.sh promises

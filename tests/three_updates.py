@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import sys
 import warnings
 from array import array
@@ -29,8 +30,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 settings, result = json.loads(Path(argv[0]).read_text()), Path(argv[1])
 cfg = fipo.resolve(fipo.Config(**settings["config"]))
-with fipo.one_clear_sentence(), fipo.together(cfg.deepspeed):
-    policy = fipo.open_policy(cfg.model, cfg)
+with fipo.one_clear_sentence(), fipo.joined_ranks(cfg.deepspeed):
+    policy = (fipo.DeepSpeedPolicy if cfg.deepspeed else fipo.Policy)(cfg.model, cfg)
     groups = [
         [
             fipo.Rollout(
@@ -42,21 +43,30 @@ with fipo.one_clear_sentence(), fipo.together(cfg.deepspeed):
         for group in settings["groups"]
     ]  # fmt: skip
     largest = max(p.numel() for p in policy.model.parameters())  # a shard is not counted: 0 if nothing is whole
-    minis = fipo.mini_batches(groups, cfg, step=1)
-    scored = fipo.score_old_logp(policy, minis)
-    for rollout in (r for mini in minis for r in mini if r.old_logp is not None):
+    mini_batches = fipo.split_mini_batches(groups, cfg, step=1)
+    scored = fipo.score_old_logp(policy, mini_batches)
+    for rollout in (r for mini in mini_batches for r in mini if r.old_logp is not None):
         if list(rollout.response_ids) == settings["runaway"]:  # as if the policy had moved far: it is dropped
             rollout.old_logp = rollout.old_logp - 3.0
-    done = [fipo.update_mini_batch(policy, mini, cfg, 1e-4, first=False) for mini in minis]
+    updates = []
+    for i, mini in enumerate(mini_batches):
+        if settings.get("broken") == i:  # a gradient that is not finite
+            for rollout in mini:
+                rollout.advantage = math.nan
+        before = [weight.clone() for _, weight in policy.weights()]
+        updates.append(fipo.add_gradients(policy, mini, cfg) | {"grad_norm": policy.step(1e-4)})
+        moved = [not torch.equal(old, new) for old, (_, new) in zip(before, policy.weights())]
+        updates[-1]["moved"] = float(any(moved))
+    del before
     memory = held(bucket=10**8)
     weights = {name: weight.clone() for name, weight in policy.weights()}
-    mine = [sum(len(part) for part in fipo.my_passes(mini, cfg.tokens_per_micro_batch)) for mini in minis]
-    shares = fipo.everywhere(mine)
+    mine = [sum(len(part) for part in fipo.micro_batches(mini, cfg.tokens_per_micro_batch)) for mini in mini_batches]
+    shares = fipo.all_gather(mine)
     if fipo.rank() == 0:
         torch.save(
             {
                 "scored": scored,
-                "updates": done,
+                "updates": updates,
                 "weights": weights,
                 "shares": shares,
                 "held": memory,
