@@ -13,7 +13,6 @@ writes metrics.json, histograms.png, replacement.png, token_map.html and, of one
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import itertools
 import json
@@ -22,29 +21,25 @@ import os
 import sys
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, ClassVar, Literal
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fipo  # noqa: E402
-from fipo import Problem, arg, derive_seed, explain, progress, require, sample_token, say, uniform  # noqa: E402
-
-matplotlib.use("Agg")  # no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
+from fipo import Problem, arg, derive_seed, explain, progress, require, sample_token, say  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------------- Settings
 @dataclass
 class TokensConfig(fipo.SharedConfig):
-    """Settings of this command."""
-
     base: str = arg("", "model folder or hub name before training")
     trained: str = arg("", "the same model after training, as OUT/checkpoints/step_…")
     problems: int = arg(128, "problems taken from --data, from its start")
@@ -54,16 +49,11 @@ class TokensConfig(fipo.SharedConfig):
     extrapolate: float = arg(0.1, "γ of the extrapolation (1 + γ) log π_RL − γ log π_base")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("float32", "compute dtype; bfloat16's rounding shows in Δlog p")
     sampler: ClassVar[str] = "hf"  # both models are looked into at every token
-    tensor_parallel: ClassVar[int] = 1
 
 
 def check(cfg: TokensConfig) -> None:
-    """Refuse settings that cannot work, and models that do not share their tokens."""
     fipo.check(cfg)
-    for name in ("base", "trained", "out"):
-        require(getattr(cfg, name), f"--{name} is missing.")
-    for name, least in {"problems": 1, "seeds": 1, "extrapolate": 0}.items():
-        require(getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: it must be at least {least}.")
+    require(cfg.out, "--out is missing.")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "the token study runs in one process: start it by python.")
     tokens = []
     for path in (cfg.base, cfg.trained):
@@ -77,9 +67,7 @@ def check(cfg: TokensConfig) -> None:
 # ------------------------------------------------------------------------------------------------------- Measures
 @dataclass
 class Response(fipo.Rollout):
-    """A rollout, and what is found out about its tokens."""
-
-    measures: dict[str, torch.Tensor] = field(default_factory=dict)  # [T] each
+    measures: dict[str, torch.Tensor] = field(default_factory=dict)  # [T] each: what is found out about its tokens
     replaced: int = 0  # tokens that token replacement drew from the other model
 
 
@@ -93,64 +81,42 @@ def compare(base: torch.Tensor, trained: torch.Tensor, token: torch.Tensor) -> d
     def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return (p.exp() * (p - q)).sum(-1)
 
-    logp_base, logp_trained = (p.gather(1, token[:, None])[:, 0] for p in (base, trained))
+    both = {"base": base, "trained": trained}
+    logp = {who: p.gather(1, token[:, None])[:, 0] for who, p in both.items()}
+    entropy = {f"entropy_{who}": -(p.exp() * p).sum(-1) for who, p in both.items()}
     middle = torch.logaddexp(base, trained) - math.log(2)
-    return {
-        "delta_logp": logp_trained - logp_base,
-        "kl": kl(trained, base),
-        "js": (kl(trained, middle) + kl(base, middle)) / 2,
-        "entropy_base": -(base.exp() * base).sum(-1),
-        "entropy_trained": -(trained.exp() * trained).sum(-1),
-        "base": logp_base,
-        "trained": logp_trained,
-    }
+    js = (kl(trained, middle) + kl(base, middle)) / 2
+    return {"delta_logp": logp["trained"] - logp["base"], "kl": kl(trained, base), "js": js} | entropy | logp
 
 
-def hidden_states(policy: fipo.Policy, passes: list[list[Response]]) -> Iterator[torch.Tensor]:
-    """What a model hands to its head to predict the response tokens of each pass, [N, D]."""
-    for part in progress(passes, desc="score"):
+def hidden_states(policy: fipo.Policy, parts: list[list[Response]]) -> Iterator[torch.Tensor]:
+    """What a model hands to its head to predict the tokens of each response, [T, D]."""
+    for part in progress(parts, desc="score"):
         ids, mask, *_ = fipo.collate(part, policy.device)
         with policy.autocast():
             hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        yield hidden[:, :-1][mask[:, 1:].bool()]
+        yield from (row[where] for row, where in zip(hidden[:, :-1], mask[:, 1:]))
 
 
 @torch.no_grad()
 def measure(responses: list[Response], cfg: TokensConfig, chunk: int = 256) -> None:
-    """Fill `measures`.
-
-    One model after the other is in memory: of the base only its head stays, and its hidden states, on the host (4 bytes
-    times hidden size times tokens). Logits are there for `chunk` tokens at a time.
-    """
-    passes = fipo.micro_batches(responses, cfg.tokens_per_micro_batch)
+    """Fill `measures`. One model is in memory at a time; of the base, its head stays, and on the host its states."""
+    parts = fipo.micro_batches(responses, cfg.tokens_per_micro_batch)
     policy = fipo.Policy(cfg.base, cfg)
-    kept, base_head = [h.cpu() for h in hidden_states(policy, passes)], policy.model.get_output_embeddings()
+    kept, base_head = [h.cpu() for h in hidden_states(policy, parts)], policy.model.get_output_embeddings()
     del policy
     policy = fipo.Policy(cfg.trained, cfg)
-    heads = (base_head, policy.model.get_output_embeddings())
-    for part, *hidden in zip(passes, kept, hidden_states(policy, passes)):
-        tokens = torch.tensor([token for r in part for token in r.response_ids])
+    heads = base_head, policy.model.get_output_embeddings()
+    for r, *hidden in zip(itertools.chain(*parts), kept, hidden_states(policy, parts)):
         found = []
-        for *both, token in zip(*(x.to(policy.device).split(chunk) for x in (*hidden, tokens))):
+        for *both, token in zip(*(x.to(policy.device).split(chunk) for x in (*hidden, torch.tensor(r.response_ids)))):
             logp = [head(h).float().log_softmax(-1) for head, h in zip(heads, both)]  # [chunk, V] each
             found.append(compare(*logp, token))
-        for name in found[0]:
-            values = torch.cat([each[name] for each in found]).cpu()
-            for r, row in zip(part, values.split([len(r.response_ids) for r in part])):
-                r.measures[name] = row
+        r.measures |= {name: torch.cat([each[name] for each in found]).cpu() for name in found[0]}
 
 
 def values_of(responses: list[Response], name: str) -> torch.Tensor:
     return torch.cat([r.measures[name] for r in responses])
-
-
-def require_true_scores(written: dict[str, list[Response]], tolerance: float) -> None:
-    """What scored the responses must be what wrote them: else the model does more behind its head than we know."""
-    for who, responses in written.items():
-        sampled = torch.cat([torch.tensor(r.sampler_logp) for r in responses])
-        apart = (values_of(responses, who) - sampled).abs().mean().item()
-        require(apart <= tolerance, f"the {who} model's log-probs, scored, differ by {apart:.2g} a token from those it "
-                "sampled with: it scales or caps its logits, which the token study cannot follow.")  # fmt: skip
 
 
 def extremes(responses: list[Response], tokenizer: Any, sign: int, n: int = 20) -> list[dict[str, Any]]:
@@ -168,11 +134,14 @@ def extremes(responses: list[Response], tokenizer: Any, sign: int, n: int = 20) 
     return list(found.values())
 
 
-def summarize(who: str, responses: list[Response], tokenizer: Any) -> dict[str, Any]:
-    """What is counted of one model's responses; the main of it is said."""
+def summarize(who: str, responses: list[Response], tokenizer: Any, tolerance: float) -> dict[str, Any]:
+    sampled = torch.tensor([logp for r in responses for logp in r.sampler_logp])
+    apart = (values_of(responses, who) - sampled).abs().mean().item()  # or the model does more behind its head
+    require(apart <= tolerance, f"the {who} model's log-probs, scored, differ by {apart:.2g} a token from those it "
+            "sampled with: it scales or caps its logits, which the token study cannot follow.")  # fmt: skip
     below = {name: {str(x): (values_of(responses, name).abs() < x).float().mean().item() for x in (0.01, 0.1, 1)}
              for name in MEASURES}  # fmt: skip
-    accuracy, length = fipo.group_accuracy(responses), mean(len(r.response_ids) for r in responses)
+    accuracy, length = mean(r.correct for r in responses), mean(len(r.response_ids) for r in responses)
     say(f"written by the {who} model: accuracy {accuracy:.1%}, mean length {length:.1f}, |Δlog p| of tokens: "
         + ", ".join(f"{share:.1%} below {x}" for x, share in below["delta_logp"].items()))  # fmt: skip
     return {"accuracy": accuracy, "response_length": length, "share_below": below,
@@ -181,16 +150,15 @@ def summarize(who: str, responses: list[Response], tokenizer: Any) -> dict[str, 
 
 
 def draw_histograms(written: dict[str, list[Response]], path: Path) -> None:
-    """The MEASURES over all tokens that the base and the trained model wrote; the y-axis is logarithmic."""
-    figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for axes, (name, title) in zip(panels.flat, MEASURES.items()):
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    *panels, empty = figure.subplots(2, 3).flat
+    for axes, (name, title) in zip(panels, MEASURES.items()):
         values = [values_of(responses, name).numpy() for responses in written.values()]
         axes.hist(values, bins=60, histtype="step", log=True, label=[f"written by the {who} model" for who in written])
         axes.set(title=title, xlabel="nats", ylabel="tokens")
-    panels[1, 2].axis("off")
-    panels[1, 2].legend(*axes.get_legend_handles_labels(), loc="center")
+    empty.axis("off")
+    empty.legend(*axes.get_legend_handles_labels(), loc="center")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------- Token replacement
@@ -199,51 +167,33 @@ CRITERIA = {"delta_logp": "Δlog p", "kl": "KL", "entropy": "entropy of the writ
 FRACTIONS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.3)  # of the writer's own tokens on which to fire
 
 
-@dataclass(frozen=True)
-class Rule:
-    """`writer` writes; where the score reaches `threshold`, the token is drawn from the other model instead."""
-
-    writer: str  # base or trained
-    criterion: str  # of CRITERIA
-    threshold: float = 0.0
-
-    def score(self, found: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the criterion looks at, of what is found at a token."""
-        if self.criterion in ("kl", "random"):
-            return found[self.criterion]
-        if self.criterion == "entropy":
-            return found[f"entropy_{self.writer}"]
-        return -found["delta_logp"] if self.writer == "base" else found["delta_logp"]  # the other model likes it less
+def score(writer: str, criterion: str, found: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a criterion looks at, of what is found at a token; with Δlog p: does the other model like it less?"""
+    looks_at = {"kl": "kl", "entropy": f"entropy_{writer}", "random": "random"}.get(criterion)
+    return found[looks_at] if looks_at else -found["delta_logp"] if writer == "base" else found["delta_logp"]
 
 
-def rules(written: dict[str, list[Response]]) -> Iterator[Rule]:
-    """For each writer and criterion the thresholds that fire on FRACTIONS of the writer's own tokens."""
+def rules(written: dict[str, list[Response]]) -> Iterator[tuple[str, str, float]]:
+    """Writer, criterion, threshold: from that score on, the other model draws. It fires on FRACTIONS of own tokens."""
     for writer, criterion in itertools.product(written, CRITERIA):
         if (writer, criterion) == ("trained", "extrapolated"):  # it goes beyond the trained model, not the base
             continue
-        found = {name: values_of(written[writer], name) for name in MEASURES}
-        if criterion == "random":
-            thresholds = [1 - fraction for fraction in FRACTIONS]
-        else:
-            scores = Rule(writer, criterion).score(found).sort().values
-            thresholds = [scores[int((1 - fraction) * len(scores))].item() for fraction in FRACTIONS]
-        for threshold in thresholds:
-            if threshold > 0:  # else fewer tokens changed than that: it would fire where RL changed nothing
-                yield Rule(writer, criterion, threshold)
+        thresholds = [1 - fraction for fraction in FRACTIONS]
+        if criterion != "random":
+            found = {name: values_of(written[writer], name) for name in MEASURES}
+            scores = score(writer, criterion, found).sort().values
+            thresholds = [scores[int(share * len(scores))].item() for share in thresholds]
+        yield from ((writer, criterion, x) for x in thresholds if x > 0)  # at 0 it would fire where RL changed nothing
 
 
 class ReplacingSampler:
-    """Samples with both models, as a rule says. Each of the two draws by random numbers of its own.
-
-    So a rule that never fires leaves the response that the writer alone gives to these seeds, and one that always fires
-    leaves the other's.
-    """
+    """Samples with both models. Each draws by its own random numbers: where nothing fires, as the writer does alone."""
 
     ranks = 1  # as fipo.sample asks of a sampler
 
-    def __init__(self, pair: dict[str, fipo.Policy], rule: Rule, extrapolate: float = 0.0) -> None:
-        self.pair, self.policy, self.rule = pair, pair["trained"], rule
-        self.extrapolate = extrapolate if rule.criterion == "extrapolated" else 0.0
+    def __init__(self, pair: dict[str, Any], writer: str, criterion: str, threshold: float, gamma: float) -> None:
+        self.pair, self.policy, self.writer, self.criterion = pair, pair["trained"], writer, criterion
+        self.threshold, self.gamma = threshold, gamma if criterion == "extrapolated" else 0.0
 
     @torch.no_grad()
     def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
@@ -251,31 +201,26 @@ class ReplacingSampler:
         """As HFSampler.generate, but for the lines on what is drawn from whom."""
         models, device = [self.pair[who].model.eval() for who in ("base", "trained")], self.policy.device
         eos = torch.tensor(self.policy.eos, device=device)
-        u_own = uniform(seeds, n, max_tokens, device)  # [R, max_tokens]
-        u_other = uniform([derive_seed(seed, "other") for seed in seeds], n, max_tokens, device)
-        u_random = uniform([derive_seed(seed, "random") for seed in seeds], n, max_tokens, device)
-        longest = max(len(p.prompt_ids) for p in problems)
-        pad = [longest - len(p.prompt_ids) for p in problems]  # on the left, so that all rows grow at the same place
-        ids = torch.tensor([[0] * k + p.prompt_ids for k, p in zip(pad, problems)], device=device)  # [P, L]
-        mask = torch.tensor([[0] * k + [1] * (longest - k) for k in pad], device=device)  # [P, L]
+        draws = [[seed, derive_seed(seed, "other"), derive_seed(seed, "random")] for seed in seeds]
+        u = [[torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(s)) for s in three] for three in draws]
+        u = torch.cat([torch.stack(three) for three in u], 1).to(device)  # [3, R, max_tokens]
+        responses = [Response(problem) for problem in problems for _ in range(n)]
+        prompts = [torch.tensor(r.problem.prompt_ids, device=device) for r in responses]
+        left = dict(batch_first=True, padding_side="left")  # so that all rows grow at the same place
+        ids, mask = pad_sequence(prompts, **left), pad_sequence([torch.ones_like(p) for p in prompts], **left)  # [R, L]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         caches = [DynamicCache(config=model.config) for model in models]
-        responses = [Response(problem) for problem in problems for _ in range(n)]
         row = torch.arange(len(responses), device=device)  # which response each row of the batch belongs to
         with self.policy.autocast():
             for step in range(max_tokens):
                 how = dict(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, logits_to_keep=1)
                 outs = [model(**how, past_key_values=cache) for model, cache in zip(models, caches)]
                 both = [(out.logits[:, -1].float() / temperature).log_softmax(-1) for out in outs]  # [rows, V] each
-                if step == 0:  # a prompt is read once per group, not once per response
-                    both, mask = [x.repeat_interleave(n, 0) for x in both], mask.repeat_interleave(n, 0)
-                    for cache in caches:
-                        cache.batch_repeat_interleave(n)
-                own, other = both if self.rule.writer == "base" else both[::-1]
-                token, logp = sample_token(own, top_p, u_own[row, step])
-                fires = self.rule.score(compare(*both, token) | {"random": u_random[row, step]}) >= self.rule.threshold
-                beyond = other + self.extrapolate * (other - own) if self.extrapolate else other
-                new, new_logp = sample_token(beyond, top_p, u_other[row, step])
+                own, other = both if self.writer == "base" else both[::-1]
+                u_own, u_other, u_rule = u[:, row, step]
+                token, logp = sample_token(own, top_p, u_own)
+                fires = score(self.writer, self.criterion, compare(*both, token) | {"random": u_rule}) >= self.threshold
+                new, new_logp = sample_token(other + self.gamma * (other - own), top_p, u_other)
                 token, logp = torch.where(fires, new, token), torch.where(fires, new_logp, logp)
                 for r, t, lp, fired in zip(row.tolist(), token.tolist(), logp.tolist(), fires.tolist()):
                     responses[r].response_ids.append(t)
@@ -293,32 +238,31 @@ class ReplacingSampler:
         return [responses[i * n : (i + 1) * n] for i in range(len(problems))]
 
 
-def sample_by_seed(sampler: Any, who: str, problems: list[Problem], cfg: TokensConfig) -> list[tuple[Any, ...]]:
-    """For each of `seeds` a verified response to each problem; what `who` draws is the same whoever helps."""
-    return list(zip(*fipo.sample(sampler, problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)))
+def write(sampler: Any, who: str, problems: list[Problem], cfg: TokensConfig) -> list[Response]:
+    """`seeds` responses to each problem, in the order of seeds; what `who` draws is the same whoever helps."""
+    groups = fipo.sample(sampler, problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)
+    return [Response(**vars(r)) for seed in zip(*groups) for r in seed]
 
 
-def replace_tokens(problems: list[Problem], written: dict[str, list[Response]],
-                   cfg: TokensConfig) -> list[dict[str, Any]]:  # fmt: skip
+def replace_tokens(problems: list[Problem], written: dict[str, list[Response]], cfg: TokensConfig) -> list[dict]:
     """A row for each rule: fraction replaced and accuracy, a value per seed. Both models are in memory."""
     pair, rows = {"base": fipo.Policy(cfg.base, cfg), "trained": fipo.Policy(cfg.trained, cfg)}, []
-    for rule in progress(list(rules(written)), desc="replace"):
-        by_seed = sample_by_seed(ReplacingSampler(pair, rule, cfg.extrapolate), rule.writer, problems, cfg)
-        fraction = [sum(r.replaced for r in seed) / sum(len(r.response_ids) for r in seed) for seed in by_seed]
-        accuracy = [fipo.group_accuracy(seed) for seed in by_seed]
-        rows.append(dataclasses.asdict(rule) | {"fraction": fraction, "accuracy": accuracy})
+    for writer, criterion, threshold in progress(list(rules(written)), desc="replace"):
+        sampler = ReplacingSampler(pair, writer, criterion, threshold, cfg.extrapolate)
+        counts = [(r.replaced, len(r.response_ids), r.correct) for r in write(sampler, writer, problems, cfg)]
+        replaced, length, correct = torch.tensor(counts).double().view(cfg.seeds, -1, 3).sum(1).T  # [seeds] each
+        row = {"writer": writer, "criterion": criterion, "threshold": threshold}
+        rows.append(row | {"fraction": (replaced / length).tolist(), "accuracy": (correct / len(problems)).tolist()})
     return rows
 
 
 def curve(rows: list[dict[str, Any]], writer: str, criterion: str, start: float) -> list[tuple[float, float, float]]:
     """Fraction replaced, accuracy and its standard deviation over seeds, from no replacement on."""
-    mine = [row for row in rows if (row["writer"], row["criterion"]) == (writer, criterion)]
-    spread = stdev if mine and len(mine[0]["accuracy"]) > 1 else lambda values: 0.0
-    return [(0.0, start, 0.0)] + [(mean(r["fraction"]), mean(r["accuracy"]), spread(r["accuracy"])) for r in mine]
+    mine = [(r["fraction"], r["accuracy"]) for r in rows if (r["writer"], r["criterion"]) == (writer, criterion)]
+    return [(0.0, start, 0.0)] + [(mean(x), mean(y), stdev(y) if len(y) > 1 else 0.0) for x, y in mine]
 
 
-def fraction_needed(points: list[tuple[float, float, float]], end: float,
-                    share: float = 0.95) -> tuple[float, float] | None:  # fmt: skip
+def fraction_needed(points: list[tuple], end: float, share: float = 0.95) -> tuple[float, float] | None:
     """Between which fractions replaced a curve first has `share` of the way from its start to `end`; None: never."""
     way = end - points[0][1]
     for (x0, *_), (x1, y, _) in itertools.pairwise(points):
@@ -328,8 +272,8 @@ def fraction_needed(points: list[tuple[float, float, float]], end: float,
 
 
 def draw_replacement(rows: list[dict[str, Any]], accuracy: dict[str, float], path: Path) -> None:
-    """Accuracy against the fraction of tokens replaced, a line for each criterion, with its standard deviation."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, writer, other in zip(panels, accuracy, reversed(accuracy)):
         for i, (criterion, name) in enumerate(CRITERIA.items()):
             x, y, spread = zip(*curve(rows, writer, criterion, accuracy[writer]))
@@ -339,21 +283,19 @@ def draw_replacement(rows: list[dict[str, Any]], accuracy: dict[str, float], pat
         for who, level in accuracy.items():
             axes.axhline(level, color="0.5", ls="--", lw=1)
             axes.annotate(f"{who} alone", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-        axes.set(title=f"the {writer} model writes, tokens come from the {other} model", xlabel="fraction replaced")
+        title = f"the {writer} model writes, tokens come from the {other} model"
+        axes.set(title=title, xlabel="fraction replaced", ylabel="accuracy")
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="accuracy")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CRITERIA))
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------- The token map
 VIEWS = {"delta_logp": ("Δlog p", 0.0), "F": ("F", 0.0), "f": ("f", 1.0)}  # name, neutral value
 MOST = 2000  # tokens shown of a response: a browser tires of more
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Token map</title><style>
-body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }} h3 {{ margin-bottom: 0 }}
 header {{ position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ccc }} input {{ margin-left: 2em }}
-h3 {{ margin-bottom: 0 }}
 p {{ font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }}
 .prompt {{ color: #777; font-size: 80%; line-height: 1.4; max-height: 20em; overflow: auto; margin: .3em 0 }}
 i {{ font-style: normal; border-bottom: 3px none #000; box-shadow: -1px 0 #eee; padding: .1em 0 }}
@@ -364,12 +306,11 @@ neutral value; dotted: below. Each view has its own scale. Point at a token for 
 <header>Colour by {switches}{legends}</header>{body}</html>"""
 
 
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def token_texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
     """The text of each token where it stands; a character of several tokens shows at the last of them."""
-    starts = [max(i - 8, 0) for i in range(len(ids))]
-    upto = [tokenizer.decode(list(ids[a : i + 1])).rstrip("\ufffd") for i, a in enumerate(starts)]
-    before = [tokenizer.decode(list(ids[a:i])).rstrip("\ufffd") for i, a in enumerate(starts)]
-    return [text[len(prefix) :] or "▯" for text, prefix in zip(upto, before)]
+    for i in range(len(ids)):
+        before, upto = (tokenizer.decode(ids[max(i - 8, 0) : end]).rstrip("\ufffd") for end in (i, i + 1))
+        yield upto[len(before) :] or "▯"
 
 
 def visible(token: str) -> str:
@@ -393,20 +334,9 @@ def shades(rows: list[dict[str, Any]], view: str) -> tuple[list[list[float]], di
     return places, {f"{end:.3g}": (end - neutral) / largest for end in sorted({min(values), neutral, max(values)})}
 
 
-def section(row: dict[str, Any], styles: list[str]) -> str:
-    """One response: caption, prompt, and each token in its style with its values on hover."""
-    tokens = ""
-    for i, (token, style) in enumerate(zip(row["tokens"], styles)):
-        values = ", ".join(f"{VIEWS[view][0]} {row[view][i]:.6g}" for view in VIEWS if view in row)
-        title = f"{html.escape(repr(token))}: {values}"
-        tokens += f'<i style="{style}" title="{title}">{html.escape(visible(token))}</i>'
-    return (f'<section><h3>{html.escape(row["caption"])}</h3><p class="prompt">{html.escape(row["prompt"].strip())}</p>'
-            f"<p>{tokens}</p></section>\n")  # fmt: skip
-
-
 def token_map(rows: list[dict[str, Any]], note: str) -> str:
     """Responses (caption, prompt, tokens, VIEWS) as one HTML page that needs no script: CSS switches the view."""
-    css, switches, legends, styles = "", "", "", [[""] * len(row["tokens"]) for row in rows]
+    css, switches, legends, body, styles = "", "", "", "", [[""] * len(row["tokens"]) for row in rows]
     for view, (name, _) in VIEWS.items():
         places, ends = shades(rows, view)
         for style, place in zip(styles, places):
@@ -419,32 +349,37 @@ def token_map(rows: list[dict[str, Any]], note: str) -> str:
         switches += f'<label for="{view}">{name}</label>'
         boxes = "".join(f'<b style="background:{shade(x)}">{value}</b>' for value, x in ends.items())
         legends += f'<div class="legend {view}">{name}: {boxes}</div>'
-    body = "".join(map(section, rows, styles))
+    for row, style in zip(rows, styles):
+        body += f'<h3>{html.escape(row["caption"])}</h3><p class="prompt">{html.escape(row["prompt"].strip())}</p><p>'
+        for i, token in enumerate(row["tokens"]):
+            values = ", ".join(f"{VIEWS[view][0]} {row[view][i]:.6g}" for view in VIEWS if view in row)
+            title = f"{html.escape(repr(token))}: {values}"
+            body += f'<i style="{style[i]}" title="{title}">{html.escape(visible(token))}</i>'
+        body += "</p>\n"
     return PAGE.format(rules=css, note=html.escape(note), switches=switches, legends=legends, body=body)
 
 
 def draw_token_map(row: dict[str, Any], path: Path, columns: int = 90, most: int = 10) -> None:
     """One response of the token map as a picture, coloured by each view; at most `most` lines of it."""
-    spots, x, y = [], 0, 0  # text, column, line
+    shown, x, y = [], 0, 0  # text, column, line
     for token in row["tokens"]:
         text = visible(token).replace("\n", "")
         if x + len(text) > columns:
             x, y = 0, y + 1
-        spots.append((text, x, y))
+        if y >= most:
+            break
+        shown.append((text, x, y))
         x, y = (0, y + 1) if "\n" in token else (x + len(text), y)
-    shown = [spot for spot in spots if spot[2] < most]
     lines, width = 1 + shown[-1][2], max(x + len(text) for text, x, _ in shown)
-    views = [view for view in VIEWS if view in row]
-    figure, panels = plt.subplots(len(views), 1, squeeze=False, layout="constrained",
-                                  figsize=(max(0.11 * width, 6), (0.28 * lines + 0.4) * len(views)))  # fmt: skip
-    prompt, left = row["prompt"].strip(), len(spots) - len(shown)
+    figure = Figure(figsize=(max(0.11 * width, 6), (0.28 * lines + 0.4) * len(VIEWS)), layout="constrained")
+    prompt, left = row["prompt"].strip(), len(row["tokens"]) - len(shown)
     title = [prompt] if len(prompt) <= 60 and "\n" not in prompt else []  # a longer one is left to the page
     title += [row["caption"]] + ([f"({left} more tokens)"] if left else [])
     figure.suptitle("   ".join(title), fontsize="medium", parse_math=False)
-    for axes, view in zip(panels[:, 0], views):
+    for axes, view in zip(figure.subplots(len(VIEWS)), VIEWS):
         (places,), ends = shades([row], view)
         for (text, x, y), place in zip(shown, places):
-            axes.add_patch(plt.Rectangle((x, y), len(text), 0.9, fc=shade(place), ec="0.85", lw=0.5))
+            axes.barh(y, len(text), 0.9, x, align="edge", fc=shade(place), ec="0.85", lw=0.5)
             axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center", parse_math=False)
         colours = [f"{'white' if not x else 'orange' if x > 0 else 'blue'} {value}" for value, x in ends.items()]
         axes.set_title(f"{VIEWS[view][0]}: {', '.join(colours)}", loc="left", fontsize="small")
@@ -453,7 +388,6 @@ def draw_token_map(row: dict[str, Any], path: Path, columns: int = 90, most: int
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # not every character is in the font: a box will do
         figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def add_weights(r: Response, delta_logp: torch.Tensor, advantage: float, **how: Any) -> None:
@@ -463,23 +397,21 @@ def add_weights(r: Response, delta_logp: torch.Tensor, advantage: float, **how: 
     r.measures |= {"F": F[0], "f": f[0]}
 
 
-def last_update_of(trained: str) -> list[Response]:
-    """The responses a run keeps of its last update, with F and f, if `trained` is its checkpoint; else none."""
+def last_update_of(trained: str) -> Iterator[Response]:
+    """What a run has logged of the last update before its checkpoint `trained`, with F and f; none of other folders."""
     checkpoint = Path(trained).resolve()
-    state, run = checkpoint / "state.json", checkpoint.parent.parent
-    if not state.exists() or not (run / "last_update.jsonl").exists():
-        return []
-    step, settings = fipo.read_json(str(state))["step"], fipo.read_json(str(run / "config.json"))
-    how = {name: settings[name] for name in ("tau", "weight_range", "safety", "dual_clip")}
-    kept = []
-    with explain(f"reading {run / 'last_update.jsonl'}"):
-        for row in map(json.loads, (run / "last_update.jsonl").read_text().splitlines()):
-            if row["step"] == step:  # else the run went on after this checkpoint
-                problem = Problem("", "", row["prompt_ids"])
-                kept.append(Response(problem, array("i", row["response_ids"]), correct=row["correct"]))
-                delta_logp = torch.tensor(row["logp"]) - torch.tensor(row["old_logp"])
-                add_weights(kept[-1], delta_logp, row["advantage"], **how)
-    return kept
+    run = checkpoint.parent.parent
+    if not ((checkpoint / "state.json").exists() and (run / "samples.jsonl").exists()):
+        return
+    with explain(f"reading config.json and samples.jsonl in {run}"):
+        state, settings = (json.loads(path.read_text()) for path in (checkpoint / "state.json", run / "config.json"))
+        how = {name: settings[name] for name in ("tau", "weight_range", "safety", "dual_clip")}
+        for row in map(json.loads, (run / "samples.jsonl").read_text().splitlines()):
+            if row["kind"] == "train" and row["step"] == state["step"] and "logp" in row:
+                problem, ids = Problem("", "", row["prompt_ids"]), array("i", row["response_ids"])
+                r = Response(problem, ids, correct=row["correct"])
+                add_weights(r, torch.tensor(row["logp"]) - torch.tensor(row["old_logp"]), row["advantage"], **how)
+                yield r
 
 
 def choose_for_map(written: dict[str, list[Response]], updated: list[Response], tokenizer: Any) -> tuple[list, str]:
@@ -495,60 +427,45 @@ def choose_for_map(written: dict[str, list[Response]], updated: list[Response], 
     rows = []
     for title, r in chosen:
         more = f" (the first {MOST} of {len(r.response_ids)} tokens)" if len(r.response_ids) > MOST else ""
-        row = {"caption": f"{title}: {'right' if r.correct else 'wrong'}{more}"}
-        row |= {"prompt": tokenizer.decode(r.problem.prompt_ids)}
-        row |= {"tokens": token_texts(r.response_ids[:MOST], tokenizer)}
-        rows.append(row | {view: r.measures[view][:MOST].tolist() for view in VIEWS if view in r.measures})
+        rows.append({"caption": f"{title}: {'right' if r.correct else 'wrong'}{more}",
+                     "prompt": tokenizer.decode(r.problem.prompt_ids),
+                     "tokens": list(token_texts(list(r.response_ids[:MOST]), tokenizer))}
+                    | {view: r.measures[view][:MOST].tolist() for view in VIEWS if view in r.measures})  # fmt: skip
     return rows, note
 
 
 # ---------------------------------------------------------------------------------------------------- The command
-def write_alone(policy: fipo.Policy, who: str, problems: list[Problem], cfg: TokensConfig) -> list[Response]:
-    """`seeds` responses to each problem by one model, in the order of seeds."""
-    return [Response(**vars(r)) for seed in sample_by_seed(fipo.HFSampler(policy), who, problems, cfg) for r in seed]
-
-
-def write_both(cfg: TokensConfig) -> tuple[dict[str, list[Response]], list[Problem], Any, float]:
-    """Responses of each model alone, one after the other in memory; the problems, the tokenizer, rounding's tolerance.
-
-    Prompts and EOS are the trained model's for both.
-    """
+def run_tokens(cfg: TokensConfig) -> None:
+    check(cfg)
+    out = Path(cfg.out)
+    with explain(f"making the folder {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     policy = fipo.Policy(cfg.trained, cfg)
     eos, tokenizer, tolerance = policy.eos, policy.tokenizer, policy.tolerance
     problems = fipo.encode_problems(cfg.data, policy, cfg)[: cfg.problems]
-    trained = write_alone(policy, "trained", problems, cfg)
-    del policy
+    trained = write(fipo.HFSampler(policy), "trained", problems, cfg)
+    del policy  # one model after the other is in memory
     policy = fipo.Policy(cfg.base, cfg)
-    policy.eos = eos
-    return {"base": write_alone(policy, "base", problems, cfg), "trained": trained}, problems, tokenizer, tolerance
-
-
-def run_tokens(cfg: TokensConfig) -> None:
-    """Measures of both models' responses, the token map, token replacement; all under --out."""
-    check(cfg)
-    out = fipo.make_folder(Path(cfg.out))
-    written, problems, tokenizer, tolerance = write_both(cfg)
-    updated = last_update_of(cfg.trained)
-    measure([*written["base"], *written["trained"], *updated], cfg)
-    require_true_scores(written, tolerance)
-    found: dict[str, Any] = {"settings": dataclasses.asdict(cfg)}
-    for who, responses in written.items():
-        found[who] = summarize(who, responses, tokenizer)
-    draw_histograms(written, out / "histograms.png")
-    rows, note = choose_for_map(written, updated, tokenizer)
-    (out / "token_map.html").write_text(token_map(rows, note), encoding="utf-8")
-    draw_token_map(rows[-1], out / "token_map.png")
-    found["token_map"] = rows
+    policy.eos = eos  # prompts and EOS are the trained model's for both
+    written = {"base": write(fipo.HFSampler(policy), "base", problems, cfg), "trained": trained}
+    del policy
+    updated = list(last_update_of(cfg.trained))
+    measure([*written["base"], *trained, *updated], cfg)
+    found = {"settings": asdict(cfg)} | {who: summarize(who, rs, tokenizer, tolerance) for who, rs in written.items()}
+    found["token_map"], note = choose_for_map(written, updated, tokenizer)
     (out / "metrics.json").write_text(json.dumps(found, indent=1))
+    (out / "token_map.html").write_text(token_map(found["token_map"], note), encoding="utf-8")
+    draw_token_map(found["token_map"][-1], out / "token_map.png")
+    draw_histograms(written, out / "histograms.png")
     if cfg.replacement:
         rows, accuracy = replace_tokens(problems, written, cfg), {who: found[who]["accuracy"] for who in written}
-        draw_replacement(rows, accuracy, out / "replacement.png")
         needed = {c: fraction_needed(curve(rows, "base", c, accuracy["base"]), accuracy["trained"]) for c in CRITERIA}
         shares = (f"{CRITERIA[c]} {f'{x[0]:.1%} to {x[1]:.1%}' if x else 'not reached'}" for c, x in needed.items())
         say("tokens to replace in the base model's responses for 95 % of the way to the trained model's accuracy: "
             + ", ".join(shares))  # fmt: skip
         found |= {"replacement": rows, "fraction_needed": needed}
         (out / "metrics.json").write_text(json.dumps(found, indent=1))
+        draw_replacement(rows, accuracy, out / "replacement.png")
     say(f"numbers, token map and pictures: {out}")
 
 

@@ -16,13 +16,13 @@ from html.parser import HTMLParser
 import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, flags, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fipo
 import tokens
 from fipo import derive_seed
-from tokens import ReplacingSampler, Response, Rule, TokensConfig, compare
+from tokens import ReplacingSampler, Response, TokensConfig, compare
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def alone(policy, problems, seeds=SEEDS):
 
 
 def replaced(pair, problems, writer, criterion, threshold, extrapolate=0.0):
-    sampler = ReplacingSampler(pair, Rule(writer, criterion, threshold), extrapolate)
+    sampler = ReplacingSampler(pair, writer, criterion, threshold, extrapolate)
     return [r for group in sampler.generate(problems, SEEDS, 2, 24, 1.0, 1.0) for r in group]
 
 
@@ -119,7 +119,7 @@ def test_two_models_are_measured_at_each_token_of_each_response(cfg, pair, probl
 def test_the_extreme_tokens_are_shown_in_their_context(cfg, pair, problems):
     responses = alone(pair["base"], problems)
     tokens.measure(responses, cfg)
-    found = tokens.summarize("base", responses, pair["base"].tokenizer)
+    found = tokens.summarize("base", responses, pair["base"].tokenizer, 1e-3)
     every = tokens.values_of(responses, "delta_logp").sort().values
     smallest, largest = found["smallest_delta_logp"], found["largest_delta_logp"]
     assert smallest[0]["delta_logp"] == every[0].item() and largest[0]["delta_logp"] == every[-1].item()
@@ -139,10 +139,10 @@ def test_a_model_that_scales_its_logits_is_refused(cfg, pair, problems):
     """Scores are made from hidden states and head: where a model does more behind its head, they would be wrong."""
     responses = alone(pair["base"], problems)
     tokens.measure(responses, cfg)
-    tokens.require_true_scores({"base": responses}, 1e-3)
+    tokens.summarize("base", responses, pair["base"].tokenizer, 1e-3)
     responses[0].sampler_logp = array("f", [x - 1 for x in responses[0].sampler_logp])
     with pytest.raises(fipo.FipoError, match="scales or caps its logits"):
-        tokens.require_true_scores({"base": responses}, 1e-3)
+        tokens.summarize("base", responses, pair["base"].tokenizer, 1e-3)
 
 
 # ----------------------------------------------------------------------------------------------- token replacement
@@ -162,7 +162,8 @@ def test_never_is_the_writer_and_always_is_the_other_model(pair, problems, write
 def test_replaced_tokens_are_counted(pair, problems):
     """The random criterion fires where its own random number is high: count these numbers."""
     responses = replaced(pair, problems, "base", "random", 0.7)
-    u = fipo.uniform([derive_seed(seed, "random") for seed in SEEDS], 2, 24, fipo.CPU)
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "random")) for seed in SEEDS]
+    u = torch.cat([torch.rand(2, 24, generator=generator) for generator in generators])
     for r, numbers in zip(responses, u):
         assert r.replaced == (numbers[: len(r.response_ids)] >= 0.7).sum().item()
     assert all(sum(r.replaced for r in responses[j::2]) > 0 for j in (0, 1))
@@ -170,7 +171,7 @@ def test_replaced_tokens_are_counted(pair, problems):
 
 def test_what_is_written_together_does_not_depend_on_what_is_beside_it(pair, problems):
     together = replaced(pair, problems, "base", "random", 0.5)
-    sampler = ReplacingSampler(pair, Rule("base", "random", 0.5))
+    sampler = ReplacingSampler(pair, "base", "random", 0.5, 0.0)
     for i, problem in enumerate(problems):
         (group,) = sampler.generate([problem], [SEEDS[i]], 2, 24, 1.0, 1.0)
         assert ids(group) == ids(together[2 * i : 2 * i + 2])
@@ -206,7 +207,7 @@ def test_extrapolation_goes_beyond_the_trained_model(cfg, pair, problems):
 def test_the_sweep(cfg, pair, problems):
     """Thresholds fall as fractions rise; curves begin near nothing; what is reported is what a run at that threshold
     gives, response by response, from the same seeds as the writer's own responses."""
-    written = {who: tokens.write_alone(pair[who], who, problems, cfg) for who in pair}
+    written = {who: tokens.write(fipo.HFSampler(pair[who]), who, problems, cfg) for who in pair}
     for who in pair:
         seeds = [derive_seed(cfg.seed, "tokens", who, i) for i in range(len(problems))]
         own = fipo.HFSampler(pair[who]).generate(problems, seeds, cfg.seeds, cfg.max_response, 1.0, 1.0)
@@ -224,7 +225,7 @@ def test_the_sweep(cfg, pair, problems):
         assert sum(row["fraction"]) / cfg.seeds == pytest.approx(fraction, abs=0.1)
     row = next(row for row in rows if (row["writer"], row["criterion"]) == ("base", "kl"))
     seeds = [derive_seed(cfg.seed, "tokens", "base", i) for i in range(len(problems))]
-    sampler = ReplacingSampler(pair, Rule("base", "kl", row["threshold"]))
+    sampler = ReplacingSampler(pair, "base", "kl", row["threshold"], 0.0)
     groups = sampler.generate(problems, seeds, cfg.seeds, cfg.max_response, 1.0, 1.0)
     for j in range(cfg.seeds):
         seed = [group[j] for group in groups]
@@ -237,7 +238,7 @@ def test_the_sweep(cfg, pair, problems):
 def test_a_pair_without_a_difference_has_no_curve(cfg, base, problems, pair):
     """Where nothing changed, no token is to be replaced: Δlog p and KL do not fire at thresholds of 0."""
     same = dataclasses.replace(cfg, trained=base)
-    written = {who: tokens.write_alone(pair["base"], who, problems, same) for who in pair}
+    written = {who: tokens.write(fipo.HFSampler(pair["base"]), who, problems, same) for who in pair}
     tokens.measure(written["base"] + written["trained"], same)
     found = {row["criterion"] for row in tokens.replace_tokens(problems, written, same)}
     assert found == {"entropy", "random"}
@@ -295,7 +296,7 @@ def test_a_character_of_several_tokens_is_shown_once(reader):
     """Byte tokens: é is two of them, 思 three. Nothing is lost, and nothing is torn."""
     tokenizer = AutoTokenizer.from_pretrained(reader)
     for text in ("aé思b", "x" * 30 + "思考 é", "\n\n$$<b>"):
-        shown = tokens.token_texts(tokenizer(text)["input_ids"], tokenizer)
+        shown = list(tokens.token_texts(tokenizer(text)["input_ids"], tokenizer))
         assert "".join(shown).replace("▯", "") == text and "\ufffd" not in "".join(shown)
         assert len(shown) == len(text.encode())
 
@@ -307,7 +308,7 @@ def test_colours_have_a_sign_and_a_strength():
 
 
 def test_a_run_keeps_F_and_f_of_its_last_update(trained):
-    kept = tokens.last_update_of(trained)
+    kept = list(tokens.last_update_of(trained))
     assert len(kept) == 3 and all(r.problem.prompt_ids for r in kept), "--log_samples of them"
     for r in kept:
         F, f = r.measures["F"], r.measures["f"]
@@ -322,16 +323,17 @@ def test_F_and_f_of_the_last_update_are_those_of_the_loss(tmp_path):
     old = -torch.rand(12)
     delta = torch.randn(12) * 0.3
     delta[5], delta[8], delta[10] = 3.0, 1.5, -30.0  # run away, r = 20 > 10; r = 4.5 > 3, the safety threshold; Δ < −20
-    row = {"step": 7, "prompt_ids": [1], "response_ids": list(range(12)), "correct": False, "advantage": -1.0,
-           "old_logp": old.tolist(), "logp": (old + delta).tolist()}  # fmt: skip
-    rows = [row, row | {"step": 8}, row | {"correct": True, "advantage": 0.5}]
-    (tmp_path / "last_update.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unseen = {"step": 7, "kind": "train", "correct": False}  # another rank trained on it
+    row = unseen | {"prompt_ids": [1], "response_ids": list(range(12)), "advantage": -1.0, "old_logp": old.tolist(),
+                    "logp": (old + delta).tolist()}  # fmt: skip
+    rows = [row, row | {"step": 8}, row | {"kind": "eval"}, unseen, row | {"correct": True, "advantage": 0.5}]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
     settings = {"tau": 4.0, "weight_range": [0.8, 1.2], "safety": 3.0, "dual_clip": 10.0}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     checkpoint = tmp_path / "checkpoints" / "step_000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"step": 7}')
-    worse, better = tokens.last_update_of(str(checkpoint))
+    worse, better = list(tokens.last_update_of(str(checkpoint)))
     assert not worse.correct and better.correct
     moved = [max(d, -20.0) if math.exp(d) <= 10 else 0.0 for d in delta.tolist()]
     F = [sum(2 ** (-(k - t) / 4) * moved[k] for k in range(t, 12)) for t in range(12)]
@@ -355,18 +357,21 @@ def test_the_weights_shown_are_those_the_loss_uses():
             assert metrics[f"influence_{name}"] == pytest.approx(getattr(r.measures["f"], name)().item(), rel=1e-5)
 
 
-def test_only_a_checkpoint_of_the_step_has_a_last_update(trained, base, tmp_path):
-    """The file holds the newest step's update: an older checkpoint, or another model, has none."""
+def test_a_checkpoint_has_the_last_update_of_its_own_step(trained, base, tmp_path):
+    """An older checkpoint has its own; another model, or a step of which nothing was logged, has none."""
     run = tmp_path / "run"
     shutil.copytree(fipo.Path(trained).parents[1], run)
-    newest = run / "checkpoints" / "step_000002"
-    assert tokens.last_update_of(str(newest)) and not tokens.last_update_of(base)
-    rows = (run / "last_update.jsonl").read_text()
-    (run / "last_update.jsonl").write_text(rows.replace('"step": 2', '"step": 3'))
-    assert not tokens.last_update_of(str(newest))
-    (run / "last_update.jsonl").write_text("{")
-    with pytest.raises(fipo.FipoError, match="reading .*last_update.jsonl"):
-        tokens.last_update_of(str(newest))
+    newest, rows = run / "checkpoints" / "step_000002", read_jsonl(run / "samples.jsonl")
+    for step in (1, 2):
+        (newest / "state.json").write_text(json.dumps({"step": step}))
+        of_step = [row["response_ids"] for row in rows if (row["kind"], row["step"]) == ("train", step)]
+        assert ids(list(tokens.last_update_of(str(newest)))) == of_step and len(of_step) == 3
+    assert not list(tokens.last_update_of(base))
+    write_jsonl(run / "samples.jsonl", [row for row in rows if row["step"] != 2])
+    assert not list(tokens.last_update_of(str(newest)))
+    (run / "samples.jsonl").write_text("{")
+    with pytest.raises(fipo.FipoError, match="reading .*samples.jsonl"):
+        list(tokens.last_update_of(str(newest)))
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -384,7 +389,7 @@ def test_the_command_writes_numbers_pictures_and_a_map(cfg, pair, tmp_path, caps
     assert len(curves) == 9
     for who in ("base", "trained"):
         problems = fipo.encode_problems(cfg.data, pair[who], cfg)[:3]
-        own = tokens.write_alone(pair[who], who, problems, cfg)
+        own = tokens.write(fipo.HFSampler(pair[who]), who, problems, cfg)
         assert found[who]["accuracy"] == sum(r.correct for r in own) / 6
     start, end = found["base"]["accuracy"], found["trained"]["accuracy"]
     for criterion, needed in found["fraction_needed"].items():
@@ -474,15 +479,20 @@ def test_prompts_and_eos_are_the_trained_models_for_both(cfg, trained, tmp_path,
     class Recorded(ReplacingSampler):
         def generate(self, *args):
             groups = super().generate(*args)
-            texts[self.rule.writer] = [r for seed in zip(*groups) for r in seed]
+            texts[self.writer] = [r for seed in zip(*groups) for r in seed]
             return groups
 
-    texts, never = {}, [Rule(writer, "delta_logp", math.inf) for writer in ("base", "trained")]
-    written, problems, *_ = tokens.write_both(cfg)
+    def replace_tokens(problems, written, cfg):
+        alone.update(written)
+        return replace(problems, written, cfg)
+
+    texts, alone, replace = {}, {}, tokens.replace_tokens
+    never = [(writer, "delta_logp", math.inf) for writer in ("base", "trained")]
     monkeypatch.setattr(tokens, "rules", lambda written: never)
     monkeypatch.setattr(tokens, "ReplacingSampler", Recorded)
-    tokens.replace_tokens(problems, written, cfg)
-    assert all(ids(texts[writer]) == ids(written[writer]) for writer in ("base", "trained"))
+    monkeypatch.setattr(tokens, "replace_tokens", replace_tokens)
+    tokens.run_tokens(cfg)
+    assert all(ids(texts[writer]) == ids(alone[writer]) for writer in ("base", "trained"))
 
 
 def fails(given: list[str], capsys, match: str) -> None:
