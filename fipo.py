@@ -68,6 +68,7 @@ from typing import Any, Literal
 import datasets
 import math_verify
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from torch import Tensor, distributed
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -635,6 +636,8 @@ class Policy:
 
     def load(self) -> None:
         """Read tokenizer and model; of a model that vLLM evaluates, with weights of its own, only the shape."""
+        disable_progress_bar()  # transformers' bars would tear ours apart,
+        enable_progress_bars()  # but a download's may be long, and has the screen for itself
         low = self.bf16 and (self.float32_in_optimizer or not self.training)
         how = dict(dtype=torch.bfloat16 if low else torch.float32, attn_implementation="sdpa")
         how |= dict(device_map="meta") if self.vllm and not self.training else {}
@@ -1276,7 +1279,6 @@ def one_clear_sentence() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # not every terminal knows τ
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
-    disable_progress_bar()  # transformers' bars would tear ours apart
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is told once, at the end
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed seeks one
     try:

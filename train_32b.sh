@@ -80,13 +80,18 @@ if ! command -v nvidia-smi >/dev/null; then
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   rm -f /dev/shm/*-cpushm_*                            # a killed run leaves these, and vLLM does not start over them
 fi
+fetch=(true)                                           # a name on the hub: once per node, before every process asks
+[[ -d $MODEL ]] || fetch=("$(command -v hf)" download "$MODEL")
 if [[ -n $HOSTFILE ]]; then
+  pdsh -R ssh -w "$(awk '/slots=/ { print $1 }' "$HOSTFILE" | paste -sd ,)" "${fetch[@]}"
   exec deepspeed --hostfile "$HOSTFILE" "${train[@]}"
 elif [[ -n ${SLURM_JOB_ID:-} ]]; then
+  srun --nodes "$NNODES" --ntasks-per-node 1 "${fetch[@]}"
   head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   exec srun --nodes "$NNODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1 \
     torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
     --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" "${train[@]}"
 fi
 (( NNODES == 1 )) || fail "NNODES=$NNODES needs Slurm (sbatch), or a HOSTFILE instead."
+"${fetch[@]}"
 exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" "${train[@]}"
