@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 from array import array
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,46 @@ def test_chunked_log_probs_and_gradients_are_the_full_ones(policy, problems, chu
     for ours, theirs in zip(grads, [p.grad for p in model.parameters()]):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     model.zero_grad()
+
+
+class Bigram(torch.nn.Module):
+    """The least that token_logprobs asks of a model; its head has a bias, as Phi's does."""
+
+    def __init__(self, vocabulary: int = 11, width: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(vocabulary, width), torch.nn.Linear(width, vocabulary)
+
+    def base_model(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        assert not use_cache, "keys and values of a whole batch would be kept for nothing"
+        return SimpleNamespace(last_hidden_state=self.embed(input_ids))
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_log_probs_token_by_token(dtype, rounding):
+    """Any mask, of any type; float32 from the logits on; gradients for the head's bias too, none through entropy."""
+    model = Bigram().to(dtype)
+    ids, mask = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 1, 1]])
+    logp, entropy = token_logprobs(model, ids, mask, 0.7, chunk=2)
+    expected, expected_entropy = torch.zeros(2, 5), torch.zeros(2, 5)
+    for row, t in [(0, 1), (0, 3), (1, 3), (1, 4)]:  # nothing comes before the first token: it has no log-prob
+        pi = (model.head(model.embed(ids[row, t - 1])).float() / 0.7).softmax(-1)
+        expected[row, t] = pi[ids[row, t]].log()
+        expected_entropy[row, t] = -(pi * pi.log()).sum()
+    assert logp.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
+    torch.testing.assert_close(logp, expected)
+    torch.testing.assert_close(entropy, expected_entropy)
+    ours, theirs = (torch.autograd.grad(x.sum(), list(model.parameters())) for x in (logp, expected))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=rounding, rtol=rounding)
+
+
+def test_temperature_is_1_unless_given():
+    model, ids, mask = Bigram(), torch.tensor([[3, 1, 4, 1, 5]]), torch.ones(1, 5)
+    assert all(map(torch.equal, token_logprobs(model, ids, mask), token_logprobs(model, ids, mask, 1.0)))
 
 
 def test_no_tensor_of_all_logits_is_kept_for_backward(policy, problems):
