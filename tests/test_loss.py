@@ -122,7 +122,7 @@ def test_each_response_is_given_its_advantage_and_no_signal_is_told():
 @pytest.mark.parametrize("tau", [1.0, 8.0, 32.0, 256.0, 1e6])
 def test_future_kl_is_its_definition(T, tau):
     g = torch.Generator().manual_seed(T)
-    B = 3 if T < 2000 else 1
+    B = {129: 140, 20480: 1}.get(T, 3)  # also more rows than tokens
     delta, mask = torch.randn(B, T, generator=g), torch.rand(B, T, generator=g) < 0.9
     F = future_kl(delta, mask, tau)
     if T < 2000:
@@ -176,6 +176,22 @@ def test_future_kl_computes_in_float32_whatever_comes_in(dtype):
 
 
 # ---------------------------------------------------------------------------------------- the influence weight f
+
+
+def test_f_by_hand():
+    """Two tokens, τ = 1, so γ = ½: F = (Δ₁ + Δ₂/2, Δ₂)."""
+    old, logp = torch.zeros(1, 2), torch.tensor([[0.10, 0.06]])
+    _, grad, metrics = loss_and_grad(logp, old, torch.tensor([1.0]), torch.ones(1, 2), tau=1.0, weight_range=(0.5, 2.0))
+    f = torch.tensor([0.13, 0.06]).exp()
+    assert metrics["influence_mean"] == pytest.approx(f.mean().item())
+    torch.testing.assert_close(grad, -(f * logp.exp()) / 2)  # no gradient through f, else Δ would appear in it
+    assert metrics["future_kl_mean"] == pytest.approx((0.13 + 0.06) / 2)
+
+
+def test_tokens_that_ran_away_do_not_count_in_F():
+    logp = torch.tensor([[0.1, math.log(11.0)]])  # r₂ = 11 > c = 10: M₂ = 0
+    _, _, metrics = loss_and_grad(logp, torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2), weight_range=(0.5, 2.0))
+    assert metrics["future_kl_mean"] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("how", [dict(), SEVEN_B, dict(tau=3.0, weight_range=(0.0, math.inf), safety=1.5, dual_clip=3)])
@@ -260,10 +276,8 @@ def test_weight_range_one_one_is_dapo():
 @pytest.mark.parametrize("kw", [dict(), dict(num_responses=6)])
 def test_advantages_may_be_given_token_by_token(kw):
     logp, old, A, mask = random_case()
-    whole, expected = (
-        loss_and_grad(logp, old, A[:, None].expand_as(logp), mask, **kw),
-        loss_and_grad(logp, old, A, mask, **kw),
-    )
+    expected = loss_and_grad(logp, old, A, mask, **kw)
+    whole = loss_and_grad(logp, old, A[:, None].expand_as(logp), mask, **kw)
     assert whole[0] == expected[0] and torch.equal(whole[1], expected[1]) and whole[2] == expected[2]
 
 
@@ -283,27 +297,12 @@ def test_before_any_update_fipo_is_dapo():
         assert fipo_result[0] == dapo_result[0] and torch.equal(fipo_result[1], dapo_result[1])
 
 
-def test_f_by_hand():
-    """Two tokens, τ = 1, so γ = ½: F = (Δ₁ + Δ₂/2, Δ₂)."""
-    old, logp = torch.zeros(1, 2), torch.tensor([[0.10, 0.06]])
-    _, grad, metrics = loss_and_grad(logp, old, torch.tensor([1.0]), torch.ones(1, 2), tau=1.0, weight_range=(0.5, 2.0))
-    f = torch.tensor([0.13, 0.06]).exp()
-    assert metrics["influence_mean"] == pytest.approx(f.mean().item())
-    torch.testing.assert_close(grad, -(f * logp.exp()) / 2)  # no gradient through f, else Δ would appear in it
-    assert metrics["future_kl_mean"] == pytest.approx((0.13 + 0.06) / 2)
-
-
-def test_tokens_that_ran_away_do_not_count_in_F():
-    logp = torch.tensor([[0.1, math.log(11.0)]])  # r₂ = 11 > c = 10: M₂ = 0
-    _, _, metrics = loss_and_grad(logp, torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2), weight_range=(0.5, 2.0))
-    assert metrics["future_kl_mean"] == pytest.approx(0.05)
-
-
+@pytest.mark.parametrize("counts", [dict(), dict(num_tokens=2), dict(num_responses=1)])
 @pytest.mark.parametrize("safety, f", [(10.0, 1.0), (15.0, 1.2)])
-def test_one_dual_clipped_token_costs_c_and_teaches_nothing(safety, f):
+def test_one_dual_clipped_token_costs_c_and_teaches_nothing(safety, f, counts):
     """A < 0 and r = 12 > c = 10: −Ã c in place of −Ã r. F = γ 0.3, so f is cut to 1.2, and to 1 where 12 is unsafe."""
-    logp = torch.tensor([[math.log(12.0), 0.3]])
-    loss, grad, metrics = loss_and_grad(logp, torch.zeros(1, 2), -torch.ones(1), torch.ones(1, 2), safety=safety)
+    case = torch.tensor([[math.log(12.0), 0.3]]), torch.zeros(1, 2), -torch.ones(1), torch.ones(1, 2)
+    loss, grad, metrics = loss_and_grad(*case, safety=safety, **counts)
     second = 1.2 * math.exp(0.3)
     assert loss == pytest.approx((10 * f + second) / 2) and grad.tolist() == [[0, pytest.approx(second / 2)]]
     assert metrics["dual_clip_frac"] == 0.5 and metrics["dropped_sequences"] == metrics["dropped_tokens"] == 0
@@ -352,25 +351,31 @@ def test_grpo_by_hand_on_three_tokens():
 
 
 def test_shares_of_tokens_whose_weight_is_cut_by_more_than_rounding():
-    """exp F = lo − 2e-4, lo − 9e-5, hi + 9e-5, hi + 2e-4 and, in another response, both bounds."""
+    """Rounding is less than 1e-4: eight responses of one token, of which F is Δ."""
     lo, hi = 0.8, 1.2
-    logp = torch.tensor([[lo - 1.1e-4], [lo - 0.9e-4], [lo], [1.0], [hi], [hi + 0.9e-4], [hi + 1.1e-4], [2.0]]).log()
+    logp = torch.tensor([[lo - 1.02e-4], [lo - 0.98e-4], [lo], [1], [hi], [hi + 0.98e-4], [hi + 1.02e-4], [2]]).log()
     case = logp, torch.zeros(8, 1), torch.ones(8), torch.ones(8, 1)
     metrics = loss_and_grad(*case, weight_range=(lo, hi))[2]
     assert metrics["influence_frac_low"] == 1 / 8 and metrics["influence_frac_high"] == 2 / 8
     assert metrics["influence_min"] == pytest.approx(lo) and metrics["influence_max"] == pytest.approx(hi)
 
 
-def test_statistics_by_hand():
-    """Five tokens, one of them with A < 0 raised by the lower clip, one cut by the upper; the sixth place is empty."""
-    logp, mask = torch.tensor([[0.1, 0.5, 0.0], [-0.5, 0.2, 9.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    _, _, metrics = loss_and_grad(logp, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask, tau=1.0)
-    F = torch.tensor([0.1 + 0.25, 0.5, 0.0, -0.5 + 0.1, 0.2])
-    f = F.exp().clamp(1.0, 1.2)
-    expected = dict(clip_frac=2 / 5, dual_clip_frac=0, ppo_kl=-0.3 / 5, influence_mean=f.mean(), influence_min=1,
-                    influence_max=1.2, influence_frac_low=1 / 5, influence_frac_high=3 / 5, future_kl_mean=F.mean(),
-                    dropped_sequences=0, dropped_tokens=0)  # fmt: skip
-    assert metrics == pytest.approx({k: float(v) for k, v in expected.items()}, abs=1e-6)
+@pytest.mark.parametrize("counts", [dict(), dict(num_tokens=50), dict(num_responses=7)])
+def test_statistics_by_hand(counts):
+    """Nine tokens in three responses, of which the last is dropped: statistics are of all tokens, whatever the count.
+
+    τ = 1, so γ = ½. With A > 0 one ratio is cut by the upper clip, with A < 0 two are raised to the lower. Two tokens
+    have run away: they do not count in F, and their own f is 1 at most.
+    """
+    logp, mask = torch.full((3, 4), 9.0), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    logp[mask] = torch.tensor([0.1, 0.5, 0.0, 0.2, -0.5, math.log(12.0), math.log(12.0), 0.8, -0.6])
+    F = torch.tensor([0.35, 0.5, 0.0, -0.05, -0.5, 0.125, 0.25, 0.5, -0.6])
+    f = torch.tensor([1.2, 1.2, 1.0, 1.0, 1.0, 1.0, 1.0, 1.2, 1.0])
+    _, _, metrics = loss_and_grad(logp, torch.zeros(3, 4), torch.tensor([1.0, -1, -1]), mask, tau=1.0, **counts)
+    expected = dict(clip_frac=3 / 9, dual_clip_frac=2 / 9, ppo_kl=-logp[mask].mean(), influence_mean=f.mean(),
+                    influence_min=1, influence_max=1.2, influence_frac_low=3 / 9, influence_frac_high=4 / 9,
+                    future_kl_mean=F.mean(), dropped_sequences=1, dropped_tokens=4)  # fmt: skip
+    assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------- what must not matter
@@ -394,10 +399,7 @@ def test_masked_positions_may_hold_anything(poison, how):
 def test_all_masked_and_one_token():
     loss, grad, metrics = loss_and_grad(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3))
     assert loss == 0 and (grad == 0).all()
-    assert {k for k, v in metrics.items() if v} == {"influence_mean", "influence_min", "influence_max"}
-    assert (
-        metrics["influence_mean"] == metrics["influence_min"] == metrics["influence_max"] == 1
-    )  # as before any update
+    assert {k: v for k, v in metrics.items() if v} == {"influence_mean": 1, "influence_min": 1, "influence_max": 1}
     loss, grad, _ = loss_and_grad(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1))
     assert loss == -1 and grad.item() == -1
 
@@ -416,20 +418,23 @@ def test_padding_changes_nothing(side, pad):
     assert metrics == pytest.approx(expected[2], abs=1e-6)
 
 
-def test_row_order_and_micro_batches_change_nothing():
+@pytest.mark.parametrize("count", ["num_tokens", "num_responses"])
+def test_row_order_and_micro_batches_change_nothing(count):
     logp, old, A, mask = random_case(B=12, scale=1.5)  # wild enough that responses are dropped
-    whole, grad, metrics = loss_and_grad(logp, old, A, mask, **SEVEN_B)
+    how = SEVEN_B | {count: 12 if count == "num_responses" else mask.sum().item()}
+    whole, grad, metrics = loss_and_grad(logp, old, A, mask, **how)
     assert metrics["dropped_sequences"] > 0
     order = torch.randperm(12)
-    shuffled, shuffled_grad, _ = loss_and_grad(logp[order], old[order], A[order], mask[order], **SEVEN_B)
+    shuffled, shuffled_grad, _ = loss_and_grad(logp[order], old[order], A[order], mask[order], **how)
     assert shuffled == pytest.approx(whole, abs=1e-6)
     torch.testing.assert_close(shuffled_grad, grad[order])
-    kept = mask.sum().item() - metrics["dropped_tokens"]
     for size in (1, 5):
-        parts = [loss_and_grad(logp[i : i + size], old[i : i + size], A[i : i + size], mask[i : i + size],
-                               num_tokens=kept, **SEVEN_B) for i in range(0, 12, size)]  # fmt: skip
+        parts = [loss_and_grad(*(x[i : i + size] for x in (logp, old, A, mask)), **how) for i in range(0, 12, size)]
         assert sum(p[0] for p in parts) == pytest.approx(whole, abs=1e-6)
         torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad)
+    if count == "num_tokens":  # without a count, the loss takes that of the tokens it keeps
+        kept = mask.sum().item() - metrics["dropped_tokens"]
+        assert loss_and_grad(logp, old, A, mask, **SEVEN_B)[0] * kept == pytest.approx(whole * how[count], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
