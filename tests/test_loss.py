@@ -111,6 +111,7 @@ def test_each_response_is_given_its_advantage_and_no_signal_is_told():
     groups = [[Rollout(Problem("", ""), reward=r) for r in group] for group in rewards]
     assign_advantages(groups)
     assert [[r.advantage for r in group] for group in groups] == group_advantages(torch.tensor(rewards)).tolist()
+    assert all(type(r.advantage) is float for group in groups for r in group)
     with pytest.raises(fipo.NoSignal, match="all rewards are equal"):
         assign_advantages(groups[1:2])
 
@@ -329,10 +330,12 @@ def test_more_than_one_dual_clipped_token_drops_the_response(counts, denominator
     torch.testing.assert_close(grad, torch.tensor([[0.0] * 3, [-1 / denominator, -1 / denominator, 0.0]]))
 
 
-def test_where_every_response_is_dropped_there_is_no_loss():
+def test_where_every_response_is_dropped_there_is_no_loss_but_there_are_statistics():
     logp, old, A, mask = (x[:1] for x in two_dual_clipped())
+    logp[0, 2] = 0.3  # its f is cut to 1.2
     loss, grad, metrics = loss_and_grad(logp, old, A, mask)
     assert loss == 0 and not grad.any() and metrics["dropped_sequences"] == 1
+    assert metrics["influence_mean"] == pytest.approx((1 + 1 + 1.2) / 3)
 
 
 def test_grpo_by_hand_on_three_tokens():
@@ -358,6 +361,10 @@ def test_shares_of_tokens_whose_weight_is_cut_by_more_than_rounding():
     metrics = loss_and_grad(*case, weight_range=(lo, hi))[2]
     assert metrics["influence_frac_low"] == 1 / 8 and metrics["influence_frac_high"] == 2 / 8
     assert metrics["influence_min"] == pytest.approx(lo) and metrics["influence_max"] == pytest.approx(hi)
+    one = torch.full((1, 1), 0.5), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1)
+    w = torch.tensor(0.5).exp().item()  # cut by 1e-4 is not yet cut by more
+    assert loss_and_grad(*one, weight_range=(w + 1e-4, 9.0))[2]["influence_frac_low"] == 0
+    assert loss_and_grad(*one, weight_range=(0.0, w - 1e-4))[2]["influence_frac_high"] == 0
 
 
 @pytest.mark.parametrize("counts", [dict(), dict(num_tokens=50), dict(num_responses=7)])
