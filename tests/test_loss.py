@@ -38,11 +38,11 @@ def loss_and_grad(logp, old, advantages, mask, **kw):
     return loss.item(), logp.grad, metrics
 
 
-def weight(delta, advantages=1.0, mask=True, **kw):
+def weight(delta: list[float], advantage: float, **kw):
     """F and f of one response, as lists."""
     delta = torch.tensor([delta])
-    advantages, mask = torch.tensor(advantages).expand(delta.shape), torch.tensor(mask).expand(delta.shape)
-    return [x[0].tolist() for x in influence_weight(delta, advantages, mask, **kw)]
+    F, f = influence_weight(delta, torch.full_like(delta, advantage), torch.ones_like(delta).bool(), **kw)
+    return F[0].tolist(), f[0].tolist()
 
 
 def naive_future_kl(delta: torch.Tensor, mask: torch.Tensor, tau: float) -> torch.Tensor:
