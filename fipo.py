@@ -484,7 +484,7 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     delta = torch.where(mask.bool(), delta_logp, 0.0).float()
     blocks = torch.nn.functional.pad(delta, (0, -T % K)).view(B, -1, K)  # [B, T/K, K]
     k = torch.arange(K, device=delta.device)
-    decay = torch.exp2(-(k[:, None] - k).clamp(min=0) / tau).tril()  # [K, K]: row k, column t holds γ^(k−t) if k ≥ t
+    decay = torch.exp2((k - k[:, None]) / tau).tril()  # [K, K]: row k, column t holds γ^(k−t) if k ≥ t
     with torch.autocast(delta.device.type, enabled=False):
         F = blocks @ decay
     if T > K:
@@ -506,7 +506,7 @@ def influence_weight(delta_logp: torch.Tensor, advantages: torch.Tensor, mask: t
     `safety`, f is clamped to [0.8, 1], as in the release: such a token is never weakened more than by DAPO.
     """
     ratio = delta_logp.exp()
-    F = future_kl(delta_logp, mask & (ratio <= dual_clip), tau)
+    F = future_kl(delta_logp, mask.bool() & (ratio <= dual_clip), tau)
     f = F.exp().clamp(*weight_range)
     return F, torch.where((advantages < 0) & (ratio > safety), f.clamp(0.8, 1.0), f)
 

@@ -136,14 +136,15 @@ def test_two_ranks_log_what_one_logs_and_a_run_goes_on_as_it_was_begun(sharded, 
     finished(train(whole))
     cfg = dataclasses.replace(sharded, out=str(tmp_path / "two"))
     finished(train(dataclasses.replace(cfg, steps=2), ranks=2))
-    output = finished(train(cfg, 1, "--resume"), status=1)
+    output = finished(train(cfg, 1, "--resume", by="deepspeed"), status=1)
     assert re.search("reading the optimiser in .*step_000002 .by the engine and the number of ranks", output), output
     assert "Traceback" not in output, output
     finished(train(cfg, 2, "--resume", by="deepspeed"))
     alike(Path(cfg.out), Path(whole.out))
     with pytest.raises(fipo.FipoError, match="reading the optimiser in .*by the engine"):
         fipo.train(dataclasses.replace(cfg, deepspeed="", resume=True, steps=9))
-    output = finished(train(dataclasses.replace(whole, deepspeed=ZERO_3, steps=9), 1, "--resume"), status=1)
+    other_engine = dataclasses.replace(whole, deepspeed=ZERO_3, steps=9)
+    output = finished(train(other_engine, 1, "--resume", by="deepspeed"), status=1)
     assert "reading the optimiser in" in output and "Traceback" not in output, output
     model = AutoModelForCausalLM.from_pretrained(Path(cfg.out) / "checkpoints" / "step_000004")
     other = AutoModelForCausalLM.from_pretrained(Path(whole.out) / "checkpoints" / "step_000004")
@@ -175,11 +176,7 @@ def test_when_a_rank_dies_the_others_end_with_a_message_and_the_checkpoint_is_wh
     wait_for_step(Path(cfg.out), 3, both[0])
     both[1].send_signal(signal.SIGKILL)
     output, _ = both[0].communicate(timeout=30)
-    assert (
-        "Traceback" not in output
-        and both[0].returncode != 0
-        and "another rank has ended" in output
-    ), output
+    assert "Traceback" not in output and both[0].returncode != 0 and "another rank has ended" in output, output
     assert fipo.newest_checkpoint(Path(cfg.out)).name.startswith("step_")
 
 
