@@ -42,7 +42,7 @@ def test_dry_run_prints_the_plan_for_32b_without_gpu_or_weights():
     (["--no_such_setting", "1"], {}, "unrecognized arguments: --no_such_setting"),
     ([], {"TP": "3"}, "TP=3 does not divide the 8 GPUs"),
     ([], {"TP": "16", "NNODES": "2", "GPUS_PER_NODE": "16"}, "TP=16 does not divide the 40 attention heads"),
-    ([], {"DATA": "missing.jsonl"}, "there is no file missing.jsonl"),
+    ([], {"DATA": "missing.jsonl"}, "reading problems from missing.jsonl failed"),
     (["--max_response", "200000"], {}, "the model reads 131072"),
 ])  # fmt: skip
 def test_dry_run_refuses_what_cannot_run(words, env, said):
@@ -76,7 +76,7 @@ BY_HAND = (
     ("--gradient_checkpointing false", {}, "without --gradient_checkpointing nothing of this size fits"),
     ("--max_response 999", {}, "make 1015 tokens, the model reads 256"),
     ("--deepspeed=", {}, "--deepspeed is missing: give ds_config.json"),
-    ("--deepspeed no.json", {}, "reading no.json failed"),
+    ("--deepspeed no.json", {}, "checking no.json failed"),
 ])  # fmt: skip
 def test_plan_by_hand_refuses_what_cannot_run(base, sums, monkeypatch, words, env, said):
     pytest.importorskip("deepspeed")
