@@ -1,11 +1,10 @@
 """The run anyone can make: `python train_small.py`, with no argument, on any machine.
 
 Without a GPU, or without a model to be had, it is the *embedded* run. A tiny Qwen2 that reads characters is first
-pretrained, for about two minutes, on a corpus like the internet's: most answers to a sum are short and
-sloppy, some are worked out, and a few are worked out and then checked in reverse order. In it, longer is rarer and more
-often right. Then FIPO rewards right answers on problems that were not in the corpus, and the model comes to think
-longer. At the end it is asked which tokens that has changed (scripts/tokens.py; `--study_seeds 0` leaves it out).
-The base model is cached: the next run starts at once.
+pretrained, once, for about two minutes, on a corpus like the internet's: most answers to a sum are short and sloppy,
+some are worked out, and a few are then checked in reverse order. In it, longer is rarer and more often right. Then FIPO
+rewards right answers on problems that were not in the corpus, and the model comes to think longer. At the end it is
+asked which tokens that has changed (scripts/tokens.py; `--study_seeds 0` leaves it out).
 
 With a GPU it trains Qwen2.5-0.5B on GSM8K; `--model` chooses another model. Every setting of `fipo.py train` can be
 given here too. All of a run lies under --out.
@@ -40,7 +39,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- Settings
-
 EMBEDDED = dict(
     steps=32, group_size=16, prompts_per_batch=32, prompts_per_mini_batch=4, max_prompt=16, max_response=96,
     overlong_buffer=16, lr=1e-4, warmup_steps=1, rollout_rows=512, tokens_per_micro_batch=16384, eval_every=8,
@@ -54,7 +52,6 @@ QWEN = dict(
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------- The task
-
 OPERANDS, LARGEST = 5, 6  # a problem is a sum of five digits from 1 to 6
 # What the corpus holds: style, share of documents, chance of a slip in each addition; and how many documents of the
 # style a pretraining batch takes. They are weighed to the shares: the same corpus, with less time spent on its noise.
@@ -69,8 +66,7 @@ def all_problems() -> list[list[int]]:
     return random.Random(0).sample(sorted(map(list, sums)), LARGEST**OPERANDS)
 
 
-HELD_OUT, FOR_RL = slice(0, 512), slice(512, 3072)
-FOR_CORPUS = slice(3072, None)
+HELD_OUT, FOR_RL, FOR_CORPUS = slice(0, 512), slice(512, 3072), slice(3072, None)
 
 
 def question(digits: list[int]) -> str:
@@ -192,8 +188,8 @@ def report(out: Path) -> None:
     fipo.require(evaluated, f"the run in {out} is done, but without --eval_data there is nothing to report.")
     before, after = evaluated[0], evaluated[-1]
     say(f"\n{'held-out problems':24}{'before':>10}{'step ' + str(after['step']):>10}")
-    say(f"{'accuracy':24}{before['eval/accuracy']:>10.1%}{after['eval/accuracy']:>10.1%}")
-    say(f"{'mean length, tokens':24}{before['eval/response_length']:>10.1f}{after['eval/response_length']:>10.1f}")
+    for name, key, form in (("accuracy", "accuracy", "10.1%"), ("mean length, tokens", "response_length", "10.1f")):
+        say(f"{name:24}{before['eval/' + key]:{form}}{after['eval/' + key]:{form}}")
     samples = [s for s in read_jsonl(out / "samples.jsonl") if s["kind"] == "eval"]
     for old in [s for s in samples if s["step"] == before["step"]]:
         new = next(s for s in samples if s["step"] == after["step"] and s["prompt"] == old["prompt"])
@@ -229,13 +225,12 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
     share.set(ylim=(0, 1), ylabel="share")
     draw(entropy, trained, "entropy", "rollouts", color="C4")
     entropy.set(title="Entropy of the policy, nats a token", ylim=(0, None))
-    for axes in (accuracy, length, entropy):
-        axes.legend()
-    handles = [h for axes in (influence, share) for h in axes.get_legend_handles_labels()[0]]
-    share.legend(handles=handles, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    for axes in (accuracy, length, influence, entropy):
+    for axes in (accuracy, length, entropy, influence):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
+        axes.legend(handles=axes.lines)
+    both = [*influence.lines, *share.lines]
+    influence.legend(handles=both, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
