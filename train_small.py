@@ -161,16 +161,13 @@ def embedded_settings(out: Path, pretrain_steps: int) -> dict[str, Any]:
 def make_embedded(settings: dict[str, Any], pretrain_steps: int) -> None:
     """Make the base model, if the cache does not hold it, and the problem files."""
     base = Path(settings["model"])
-    if base.is_dir():
-        say(f"base model: {base} (cached)")
-    else:
-        say(f"base model: pretraining for {pretrain_steps} steps, once; then cached in {base}")
+    say(f"base model: {base} " + ("(cached)" if base.is_dir() else f"(pretraining for {pretrain_steps} steps, once)"))
+    if not base.is_dir():
         pretrain(base, pretrain_steps)
-    problems = all_problems()
     for name, part in (("data", FOR_RL), ("eval_data", HELD_OUT)):
         path = Path(settings[name])
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"prompt": question(digits), "answer": str(sum(digits))} for digits in problems[part]]
+        rows = [{"prompt": question(digits), "answer": str(sum(digits))} for digits in all_problems()[part]]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
