@@ -25,6 +25,8 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parent.parent
+EXTENSIONS = ROOT / ".pytest_cache" / "torch_extensions"  # DeepSpeed's, compiled once
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
 ZERO_3 = str(ROOT / "ds_config.json")
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -109,6 +111,17 @@ def shared_data(name: str) -> str:
     if not path.is_file():
         pytest.skip(f"FIPO_DATA does not hold {name}")
     return str(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_by_deepspeed():
+    """A lock of a build that was killed would stop all later ones; on a CPU each run leaves 69 MB of shared memory."""
+    for lock in EXTENSIONS.rglob("lock"):
+        lock.unlink()
+    before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    yield
+    for buffer in set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - before:
+        buffer.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------- runs in several processes
