@@ -18,17 +18,16 @@ reinforced future count more. The sections below follow the data:
                  more are sampled in their place (dynamic sampling). Evaluation              train, evaluate
  11. – 13.       checkpoints, logs and signals; many GPUs; the command line
 
-At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO. FIPO acts only because one batch of rollouts
-feeds several updates. DAPO is FIPO with f ≡ 1. GRPO is DAPO with a symmetric clip, no dual clip, a mean per response,
-no dynamic sampling and no length penalty (PRESETS).
+At the first update after sampling Δ = 0, so f = 1 and FIPO is DAPO: FIPO acts only because one batch of rollouts feeds
+several updates. DAPO is FIPO with f ≡ 1. GRPO is DAPO with a symmetric clip, no dual clip, a mean per response, no
+dynamic sampling and no length penalty (PRESETS). None has a KL term, an entropy bonus, a reference model or a critic.
 
 Departures from the paper and from the authors' release (the README has the table, with reasons):
   a. One denominator for the token mean, the whole mini-batch's: the result does not depend on how a batch is cut.
   b. The release's dual clip, drop of responses, clamp of Δ to ±20 and of f to [0.8, 1] where A < 0 and r is unsafe.
   c. γ and F are float32 whatever the model runs in: in bfloat16, τ = 32 would turn into 35.
   d. The first warm-up step already learns. Warm-up counts batches of rollouts. Sampling stops when the batch is full.
-  e. No KL term, no entropy bonus, no reference model, no critic, as in DAPO.
-  f. Random numbers come from (seed, what for, step, problem), so that resuming needs no generator's state.
+  e. Random numbers come from (seed, what for, step, problem), so that resuming needs no generator's state.
 
   python fipo.py train --model Qwen/Qwen2.5-0.5B --data openai/gsm8k:main --out runs/gsm8k --max_response 1024 \
                        --overlong_buffer 256 --prompts_per_batch 64 --prompts_per_mini_batch 16
@@ -174,11 +173,9 @@ Remember: the result stands on a line of its own, after "Answer:"."""
 
 def load_problems(source: str) -> list[Problem]:
     """Problems of a .jsonl, .json or .parquet file, or of the hub, as `name[:config[:split]]`; else FipoError.
-
     Columns are recognised by name: `prompt` (text or chat messages, used as it is) or `question` / `problem` (put into
     QUESTION); `reward_model.ground_truth` (the verl schema of DAPO-Math-17k), `answer` (of which what follows "####",
-    as in GSM8K) or `solution`. Repeated prompts are dropped, with a count.
-    """
+    as in GSM8K) or `solution`. Repeated prompts are dropped, with a count."""
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # explain tells what it would
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
@@ -261,8 +258,7 @@ def derive_seed(*what_for: Any) -> int:  # for one purpose at one moment: nothin
 
 def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row from softmax(logits) cut to its nucleus, and its log-prob there. [R, V], [R] -> [R], [R].
-    Drawn by the row's own u in [0, 1): torch.multinomial, with one generator for all, would look at the rows beside.
-    """
+    Drawn by the row's own u in [0, 1): torch.multinomial, with one generator for all, would look at its neighbours."""
     logp = logits.log_softmax(-1)
     if top_p < 1:
         ranked, index = logp.sort(descending=True)
@@ -276,10 +272,8 @@ def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tenso
 class HFSampler:
     """Samples with Hugging Face from the trainer's own model. The first of two seams; VLLMSampler is its other side."""
 
-    ranks = 1  # processes that work on the same responses
-
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.ranks = policy, 1  # processes that work on the same responses
         require(not policy.sharded, "--sampler hf cannot read a model that ZeRO-3 has cut into shards: install vllm.")
 
     def sleep(self) -> None: ...  # rollouts are done: leave the memory to training
@@ -325,9 +319,8 @@ class HFSampler:
 def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: tuple, cfg: SharedConfig, n: int,
            temperature: float, top_p: float) -> Iterator[list[Rollout]]:  # fmt: skip
     """A group of `n` verified responses to each problem, in their order, on every rank. Each engine is given
-    `rollout_rows` responses at a time, so that who has seen enough can stop. Problem j of such a chunk is engine
-    j % engines's. What is drawn depends on `what_for` and the problem's place alone.
-    """
+    `rollout_rows` responses at a time, so that who has seen enough can stop; problem j of such a chunk is for engine
+    j % engines. What is drawn depends on `what_for` and the problem's place alone."""
     engines, engine = world() // sampler.ranks, rank() // sampler.ranks
     size = engines * max(1, cfg.rollout_rows // n)
     with progress(total=len(problems), desc="rollout", unit="prompt") as bar:
@@ -350,11 +343,10 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: 
 # The Minerva normalisation, in the order and the variant (no "ft", no "%") that DAPO and FIPO scored with.
 REPLACED = {"an ": "", "a ": "", ".$": "$", "\\$": "", "\\ ": "", " ": "", "mbox": "text", ",\\text{and}": ",",
             "\\text{and}": ",", "\\text{m}": "\\text{}"}  # fmt: skip
-REMOVED = (
-    "square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents degrees cm "
-    "gm pounds meters meals edges students childrentickets multiples \\text{s} \\text{.} \\text{\ns} \\text{}^2 "
-    '\\text{}^3 \\text{\n} \\text{} \\mathrm{th} ^\\circ ^{\\circ} \\; ,\\! {,} " \\dots'
-).split(" ")
+REMOVED = ("square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents "
+           "degrees cm gm pounds meters meals edges students childrentickets multiples \\text{s} \\text{.} "
+           '\\text{\ns} \\text{}^2 \\text{}^3 \\text{\n} \\text{} \\mathrm{th} ^\\circ ^{\\circ} \\; ,\\! {,} " '
+           "\\dots").split(" ")  # fmt: skip
 UNWRAPPED = [(r".*?\$(.*?)\$.*", r"$\1$"), (r"\\text\{(.*?)\}", r"\1"), (r"\\textbf\{(.*?)\}", r"\1"),
              (r"\\overline\{(.*?)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
              (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}")]  # fmt: skip
@@ -373,8 +365,7 @@ def normalize_answer(answer: str) -> str:  # to the form in which right ones are
     return (digits if digits.isdigit() else answer).strip()
 
 
-def extract_answer(response: str) -> str | None:
-    """The normalised text after the last "Answer:" of the last 300 characters; None if there is none."""
+def extract_answer(response: str) -> str | None:  # after the last "Answer:" of the last 300 characters
     found = re.findall(r"(?i)Answer\s*:\s*([^\n]+)", response[-300:])
     return normalize_answer(found[-1]) if found else None
 
@@ -437,8 +428,7 @@ def token_logprobs(model: Any, input_ids: Tensor, response_mask: Tensor, tempera
     input_ids, response_mask [B, L] -> logp, entropy [B, L], float32, each value at its token's own position and 0
     outside the mask. Rows are prompt + response, padded on the right with anything: under causal attention no token
     sees what follows it, so no attention mask is needed. Logits exist for `chunk` tokens at a time, [chunk, V], and
-    are computed anew in backward: [B, L, V] never is.
-    """
+    are computed anew in backward: [B, L, V] never is."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, D]
     rows, t = response_mask[:, 1:].bool().nonzero(as_tuple=True)  # [N] each: position t predicts token t + 1
     head = model.get_output_embeddings()
@@ -446,8 +436,7 @@ def token_logprobs(model: Any, input_ids: Tensor, response_mask: Tensor, tempera
     def score(h: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         logits = torch.nn.functional.linear(h, head.weight, head.bias)  # not head(h), which ZeRO-3 would gather anew
         logp = (logits.float() / temperature).log_softmax(-1)  # [chunk, V]
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, token[:, None])[:, 0], entropy
 
     chunks = zip(hidden[rows, t].split(chunk), input_ids[rows, t + 1].split(chunk))
@@ -464,8 +453,7 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     Inside a block of K tokens that is one product with a triangular decay matrix. From block to block only the F of
     each block's first token is carried, and the carries obey the same recurrence with γ^K, so this function calls
     itself on them. Exact, O(B·T·K) work, O(B·T) memory, and no γ^(−t), which a cumulative sum would need and which
-    overflows (2^640 at T = 20480, τ = 32).
-    """
+    overflows (2^640 at T = 20480, τ = 32)."""
     (B, T), K = delta_logp.shape, 128
     delta = torch.where(mask.bool(), delta_logp, 0.0).float()
     blocks = torch.nn.functional.pad(delta, (0, -T % K)).view(B, -1, K)  # [B, T/K, K]
@@ -489,8 +477,7 @@ def influence_weight(delta_logp: torch.Tensor, advantages: torch.Tensor, mask: t
 
     Δlog p, advantages, mask, [B, T] each -> F and f = clip(exp F, weight_range), [B, T] each. Tokens that have run away
     (ratio above the dual-clip ratio: M_t = 0) tell nothing of the future. Where A < 0 and a token's own ratio is above
-    `safety`, f is clamped to [0.8, 1], as in the release: such a token is never weakened more than by DAPO.
-    """
+    `safety`, f is clamped to [0.8, 1], as in the release: such a token is never weakened more than by DAPO."""
     ratio = delta_logp.exp()
     F = future_kl(delta_logp, mask.bool() & (ratio <= dual_clip), tau)
     f = F.exp().clamp(*weight_range)
@@ -506,8 +493,7 @@ def fipo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
     logp, old_logp, mask [B, T], advantages [B] or [B, T] -> scalar loss, and metrics over the unmasked tokens. Values
     at masked positions may be anything. Responses with more than one dual-clipped token leave the sum and, if the count
     is taken here, the count. A micro-batch is given its whole mini-batch's count, so that parts add up to the same
-    loss: `num_tokens`, for the mean over tokens, or `num_responses`, for GRPO's mean over responses' own means.
-    """
+    loss: `num_tokens`, for the mean over tokens, or `num_responses`, for GRPO's mean over responses' own means."""
     mask = mask.bool()
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     A = torch.where(mask, A, 0.0).float()  # masked positions are zeroed before exp: inf · 0 would be NaN
@@ -558,8 +544,7 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
     """This rank's share of a mini-batch, in parts of at most `max_tokens` tokens with padding, or of one response.
     Dealt out by length: padding is small, and no rank has more tokens than another by over one response. A response
     always goes to the same rank, which has scored it before. All ranks get the same number of parts, some perhaps
-    empty: sharded weights are gathered by all together.
-    """
+    empty: sharded weights are gathered by all together."""
     parts: list[list[list[Rollout]]] = [[] for _ in range(world())]
     for i, r in enumerate(sorted(mini_batch, key=len, reverse=True)):  # a lack of memory shows at once
         mine = parts[i % world()]
@@ -571,8 +556,7 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
 
 def collate(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
     """input_ids, response_mask, old_logp [B, L], advantages [B]; prompt + response, padded on the right.
-    What counts is told by lengths, never by comparing ids with pad or EOS: where pad = EOS, the EOS is still trained.
-    """
+    What counts is told by lengths, never by comparing ids with pad: where pad = EOS, the EOS is still trained."""
     rollouts = rollouts or [Rollout(Problem("", "", [0, 0]))]  # a row that takes part in all and counts in nothing
     rows = [torch.tensor([*r.problem.prompt_ids, *r.response_ids]) for r in rollouts]
     ours = [torch.arange(len(r)) >= len(r.problem.prompt_ids) for r in rollouts]
@@ -585,13 +569,11 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]
 
 class Policy:
     """The model being trained and its optimiser: plain torch, one device, float32 weights (bfloat16 loses lr 1e-6).
-    The second seam: on its other side, DeepSpeedPolicy does the same with the model cut into shards.
-    """
-
-    sharded = False  # has no rank all the weights?
+    The second seam: on its other side, DeepSpeedPolicy does the same with the model cut into shards."""
 
     def __init__(self, path: str, cfg: SharedConfig) -> None:
         self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
+        self.sharded = False  # has no rank all the weights?
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         fast = self.device != CPU and torch.cuda.is_bf16_supported(including_emulation=False)
         require(self.device == CPU or fast or cfg.dtype != "bfloat16", "this GPU has no bfloat16: --dtype float32.")
@@ -606,17 +588,15 @@ class Policy:
         self.eos = sorted(ends - {None})
         require(self.eos, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
 
-    def load(self) -> None:
-        """Read tokenizer and model and make the optimiser. Of a model that vLLM evaluates, only the shape is read."""
+    def load(self) -> None:  # tokenizer, model and optimiser; of a model that vLLM evaluates, only the shape
         disable_progress_bar()  # transformers' bars would tear ours apart,
         enable_progress_bars()  # but a download's may be long, and has the screen for itself
-        low = self.bf16 and bool(not self.training or self.cfg.deepspeed)  # DeepSpeed's optimiser has the float32 ones
+        low = self.bf16 and (not self.training or self.cfg.deepspeed)  # DeepSpeed's optimiser keeps float32 weights
+        dtype = torch.bfloat16 if low else torch.float32
         where = "meta" if self.vllm and not self.training else None if self.sharded else self.device
         with explain(f"loading the model {self.path!r} (a folder with all its files, or a name on the hub?)"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=torch.bfloat16 if low else torch.float32, attn_implementation="sdpa", device_map=where
-            )
+            self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, device_map=where)
         if self.training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.cfg.weight_decay, fused=True)
             if self.cfg.gradient_checkpointing:
@@ -629,8 +609,7 @@ class Policy:
     def backward(self, loss: Tensor, last: bool) -> None:  # `last`: of the mini-batch's micro-batches
         loss.backward()
 
-    def step(self, lr: float) -> float:
-        """Clip the gradient and step. Returns its norm before clipping; if that is not finite, nothing moves."""
+    def step(self, lr: float) -> float:  # the gradient's norm before clipping; if it is not finite, nothing moves
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf).item()
         self.optimizer.param_groups[0]["lr"] = lr
         if math.isfinite(norm):
@@ -638,12 +617,10 @@ class Policy:
         self.optimizer.zero_grad()
         return norm
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, under its names: a head tied to the embedding too, or vLLM would keep its old one."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:  # whole; a tied head too, or vLLM would keep its old one
         return ((name, weight.data) for name, weight in self.model.named_parameters(remove_duplicate=False))
 
-    def save(self, folder: Path) -> None:
-        """An ordinary Hugging Face folder, with optimizer.pt beside the weights."""
+    def save(self, folder: Path) -> None:  # an ordinary Hugging Face folder, with optimizer.pt beside the weights
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
@@ -656,8 +633,7 @@ class Policy:
 def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> dict[str, float]:
     """log π_old: the trainer's own log-probs of the rollouts before any update. Fills `old_logp` of this rank's share.
     Why not the sampler's? Another engine rounds otherwise, and F sums: an error of 0.004 a token, of one sign, is 0.19
-    in F (Σγ^j = 47 for τ = 32), so that f would stand at its bound of 1.2 before anything is learned.
-    """
+    in F (Σγ^j = 47 for τ = 32), so that f would stand at its bound of 1.2 before anything is learned."""
     policy.model.eval()
     entropies = mismatch = 0.0
     parts = [part for mini in mini_batches for part in micro_batches(mini, policy.cfg.tokens_per_micro_batch)]
@@ -702,8 +678,7 @@ def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> dic
 
 def check_first_update(metrics: dict[str, float], tolerance: float, tau: float) -> None:
     """Before any update Δ = 0 and f = 1, but for rounding. FipoError if the ratio is not 1; a warning if f is not.
-    Independent rounding errors add up in F to about |Δ| / √(1 − γ²), 4.9 |Δ| for τ = 32; those of one sign to 47 |Δ|.
-    """
+    Independent rounding errors add up in F to about |Δ| / √(1 − γ²), 4.9 |Δ| for τ = 32; of one sign, to 47 |Δ|."""
     drift, f, signed = metrics["drift"], metrics["influence/mean"], -metrics["policy_kl"]
     require(drift <= tolerance, f"before any update the ratio is not 1 (mean |Δlog p| {drift:.2g}): has it dropout?")
     if abs(f - 1) > 1e-4 + drift / math.sqrt(1 - 2 ** (-2 / tau)):
@@ -712,12 +687,12 @@ def check_first_update(metrics: dict[str, float], tolerance: float, tau: float) 
 
 def summarize_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """What is logged of a step's updates: means, sums of what is counted, and some values of the first and last."""
-    counted = ("skipped_updates", "dropped_sequences", "dropped_tokens")
-    metrics = {name: (sum if name in counted else fmean)([u[name] for u in updates]) for name in updates[0]}
-    if metrics["skipped_updates"] == len(updates):
+    metrics = {k: (sum if k.startswith("dropped") else fmean)([u[k] for u in updates]) for k in updates[0]}
+    skipped = sum(not math.isfinite(u["grad_norm"]) for u in updates)
+    if skipped == len(updates):
         say("warning: every gradient of this step held NaN or infinity, so nothing was learned: lower --lr?")
     return metrics | {"influence/first": updates[0]["influence/mean"], "influence/last": updates[-1]["influence/mean"],
-                      "policy_kl/first": updates[0]["policy_kl"]}  # fmt: skip
+                      "policy_kl/first": updates[0]["policy_kl"], "skipped_updates": skipped}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- 10. Loop
@@ -732,14 +707,12 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: int,
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
     """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
-    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it; or NoSignal.
-    """
+    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it."""
     groups: list[list[Rollout]] = []
     accuracies, lengths, rounds = [], [], cfg.max_gen_rounds if cfg.dynamic_sampling else 1
     for i in range(1, rounds + 1):
         drawn = draw_problems(problems, cursor + len(accuracies), cfg.prompts_per_round, cfg.seed)
-        what_for = (cfg.seed, "rollout", step, i)
-        for group in sample(sampler, drawn, what_for, cfg, cfg.group_size, cfg.temperature, top_p=1.0):
+        for group in sample(sampler, drawn, (cfg.seed, "rollout", step, i), cfg, cfg.group_size, cfg.temperature, 1.0):
             accuracies.append(fmean(r.correct for r in group))
             lengths += [len(r.response_ids) for r in group]
             if not cfg.dynamic_sampling or 0 < accuracies[-1] < 1:
@@ -787,8 +760,7 @@ def train(cfg: Config) -> None:
                     if len(updates) == 1:
                         check_first_update(updates[0], run.policy.tolerance, cfg.tau)
                     run.whole = False  # from here a signal waits for the end of the step
-                    norm = run.policy.step(lr)  # 9
-                    updates[-1] |= {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
+                    updates[-1]["grad_norm"] = run.policy.step(lr)  # 9
                 sampler.sync()
                 clock.append(perf_counter())
                 rollout, score, update = (after - before for before, after in zip(clock, clock[1:]))
@@ -829,16 +801,15 @@ def majority_correct(group: list[Rollout], verifier: str) -> bool:
 class Run:
     """A training run in its folder --out: the policy, where it stands between two steps, its checkpoints and logs."""
 
-    def __init__(self, cfg: Config) -> None:
-        """At the newest checkpoint with --resume, else at --model, in a folder without a run. Cut the logs there."""
+    def __init__(self, cfg: Config) -> None:  # at the newest checkpoint with --resume, else at --model
         self.cfg, self.out = cfg, Path(cfg.out)
         self.step = self.cursor = 0  # batches of rollouts trained on; place in the stream of problems behind them
         self.metrics: dict[str, Any] = {"step": 0}  # of `step`; logged with its evaluation
         self.whole = True  # do weights and optimiser stand where this says? not while an update is under way
         with explain(f"making the folder {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
-        used = cfg.resume or not ((self.out / "metrics.jsonl").exists() or (self.out / "checkpoints").exists())
-        require(used, f"{self.out} holds another run: go on with it by --resume, or choose another --out.")
+        free = cfg.resume or not ((self.out / "metrics.jsonl").exists() or (self.out / "checkpoints").exists())
+        require(free, f"{self.out} holds another run: go on with it by --resume, or choose another --out.")
         found = all_gather(newest_checkpoint(self.out))[0] if cfg.resume else None
         if found:
             self.step, self.cursor, self.metrics = json.loads((found / "state.json").read_text()).values()
@@ -857,9 +828,8 @@ class Run:
                 append_jsonl(path, [r for r in rows if (r["step"], r.get("kind") != "train") < (self.step, True)])
         if cfg.wandb and rank() == 0:
             with explain("--wandb (pip install wandb)"):
-                import wandb
-
                 run_id = f"{derive_seed(str(self.out.resolve())):08x}"  # a resumed run goes on in its own curve
+                wandb = importlib.import_module("wandb")
                 wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=asdict(cfg), dir=self.out)
 
     def log(self) -> None:
@@ -876,8 +846,7 @@ class Run:
         rows = ({"step": step, "kind": kind} | sample_row(r) for r in rollouts[: self.cfg.log_samples])
         append_jsonl(self.out / "samples.jsonl", rows)
 
-    def save(self) -> None:
-        """A checkpoint, whole and under its final name or not at all: policy and state.json. Two are kept."""
+    def save(self) -> None:  # a checkpoint, whole and under its final name or not at all; two are kept
         final, partial = (self.out / "checkpoints" / name for name in (f"step_{self.step:06d}", "partial"))
         if all_gather(final.exists())[0]:
             return
@@ -901,8 +870,7 @@ class Run:
     def saved_at_the_end(self) -> Iterator[None]:
         """Save the last whole step if a signal (then the exit status is 0) or a mistake ends the run.
         A signal ends a single process at once, unless an update is under way; several end where they next meet. There,
-        and by a FipoError, all end together. After another error only a single process knows that nobody is at work.
-        """
+        and by a FipoError, all end together. After another error only a single process knows that none is at work."""
 
         def interrupt(*_: Any) -> None:
             at_once = world() == 1 and self.whole and not stop.is_set()  # a second signal does not cut the saving short
@@ -947,8 +915,7 @@ def sample_row(r: Rollout) -> dict[str, Any]:
 stop = threading.Event()  # SIGINT or SIGTERM came
 
 
-def stop_if_signalled() -> None:
-    """All ranks stop here if any of them was told to."""
+def stop_if_signalled() -> None:  # all ranks, if any of them was told to
     if any(all_gather(stop.is_set())):
         raise KeyboardInterrupt
 
@@ -998,8 +965,7 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
 
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
-        for lock in extensions.rglob("lock"):
+        for lock in Path(os.getenv("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser().rglob("lock"):
             say(f"waiting for what is being compiled there; if nothing is, remove {lock}")
         ds.init_distributed(verbose=False, timeout=PATIENCE)
     GLOO["hosts"] = distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -1100,11 +1066,9 @@ class DeepSpeedPolicy(Policy):
         scorer = torch.nn.Sequential(self.model)  # token_logprobs as a module, for DeepSpeed's engine to call
         scorer.forward = functools.partial(token_logprobs, self.model, temperature=cfg.temperature)
         self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=config)
+        self.logprobs = self.engine  # the engine is called in the method's place
         # the head is gathered once for a whole pass, however many chunks of logits it has
         deepspeed.zero.register_external_parameter(scorer, self.model.get_output_embeddings().weight)
-
-    def logprobs(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.engine(input_ids, response_mask)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -1120,8 +1084,7 @@ class DeepSpeedPolicy(Policy):
             with self.deepspeed.zero.GatheredParameters([weight]):
                 yield name, weight.data.clone()
 
-    def save(self, folder: Path) -> None:
-        """An ordinary Hugging Face folder, and in its folder `deepspeed` every rank's part of the optimiser."""
+    def save(self, folder: Path) -> None:  # the same, but in its folder `deepspeed` every rank's part of the optimiser
         self.engine.save_checkpoint(folder / "deepspeed", tag="ranks")
         names = dict(self.model.named_parameters())  # a tied head is not written twice
         whole = {name: weight.cpu() for name, weight in self.weights() if rank() == 0 and name in names}
@@ -1156,9 +1119,7 @@ def resolve(cfg: Config) -> Config:
     require(cfg.out, "--out is missing.")
     require(cfg.group_size > 1, "--group_size is 1: responses are compared with one another, so it must be at least 2.")
     require(batch % mini == 0, f"--prompts_per_mini_batch ({mini}) must divide --prompts_per_batch ({batch}).")
-    require(
-        cfg.max_response > cfg.overlong_buffer, f"--max_response must exceed --overlong_buffer {cfg.overlong_buffer}."
-    )
+    require(cfg.max_response > cfg.overlong_buffer, "--max_response must exceed --overlong_buffer (0: no penalty).")
     require(len(bounds) == 2 and 0 <= bounds[0] <= bounds[1], f"--weight_range is {bounds}: give lo hi, 0 ≤ lo ≤ hi.")
     require(cfg.deepspeed or not cfg.offload, "--offload needs --deepspeed ds_config.json.")
     require(cfg.dynamic_sampling or cfg.prompts_per_round == batch, "--prompts_per_round needs --dynamic_sampling.")
@@ -1197,8 +1158,7 @@ def one_clear_sentence() -> Iterator[None]:
             sys.exit(RANK_ENDED)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        sys.exit("fipo: out of memory: lower --tokens_per_micro_batch (scoring, updates) or --rollout_rows (rollouts), "
-                 "or set --gradient_checkpointing.")  # fmt: skip
+        sys.exit("fipo: out of memory: lower --tokens_per_micro_batch or --rollout_rows, set --gradient_checkpointing.")
 
 
 def run_eval(cfg: EvalConfig) -> None:
