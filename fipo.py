@@ -583,9 +583,8 @@ class Policy:
         self.vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and importlib.util.find_spec("vllm") is not None)
         self.load()
         self.context = self.model.config.get_text_config().max_position_embeddings
-        declared = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-        self.eos = sorted(ends - {None})
+        ends = self.model.generation_config.eos_token_id
+        self.eos = sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         require(self.eos, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
 
     def load(self) -> None:  # tokenizer, model and optimiser; of a model that vLLM evaluates, only the shape
@@ -812,12 +811,13 @@ class Run:
         require(free, f"{self.out} holds another run: go on with it by --resume, or choose another --out.")
         found = all_gather(newest_checkpoint(self.out))[0] if cfg.resume else None
         if found:
-            self.step, self.cursor, self.metrics = json.loads((found / "state.json").read_text()).values()
+            with explain(f"reading {found}/state.json"):
+                self.step, self.cursor, self.metrics = json.loads((found / "state.json").read_text()).values()
         require(self.step <= cfg.steps, f"{self.out} is at step {self.step} already: raise --steps above {self.step}.")
         self.policy = (DeepSpeedPolicy if cfg.deepspeed else Policy)(str(found or cfg.model), cfg)
         if found:
-            with explain(f"reading the optimiser in {found} (by the engine and number of ranks that wrote it, or start "
-                         f"by --model {found}; damaged? remove that folder, and the one before is taken)"):  # fmt: skip
+            with explain(f"reading the optimiser in {found} (by the engine and the number of ranks that wrote it, or "
+                         f"start by --model {found}; damaged? remove it, and the one before is taken)"):  # fmt: skip
                 self.policy.load_optimizer(found)
             say(f"resuming after step {self.step} from {found}")
         if rank() == 0:
@@ -879,8 +879,7 @@ class Run:
                 raise KeyboardInterrupt
 
         stop.clear()
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         except BaseException as error:
@@ -890,6 +889,9 @@ class Run:
             if isinstance(error, KeyboardInterrupt):
                 sys.exit(0)
             raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def newest_checkpoint(out: Path) -> Path | None:  # None: it has none yet
@@ -912,9 +914,6 @@ def sample_row(r: Rollout) -> dict[str, Any]:
     return row | {"length": len(r.response_ids)}
 
 
-stop = threading.Event()  # SIGINT or SIGTERM came
-
-
 def stop_if_signalled() -> None:  # all ranks, if any of them was told to
     if any(all_gather(stop.is_set())):
         raise KeyboardInterrupt
@@ -923,6 +922,7 @@ def stop_if_signalled() -> None:  # all ranks, if any of them was told to
 # -------------------------------------------------------------- 12. Many GPUs: ranks, vLLM, DeepSpeed. Ranks first
 CPU = torch.device("cpu")
 PATIENCE = timedelta(hours=6)  # of ranks for one another: longer than the slowest engine takes for its rollouts
+stop = threading.Event()  # SIGINT or SIGTERM came
 GLOO: dict[str, Any] = {}  # process groups of the hosts
 VLLM = "0.32.0"  # the version whose weight reloading this file knows
 RANK_ENDED = "fipo: another rank has ended, so this one does too; --resume goes on from the last checkpoint."

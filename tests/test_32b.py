@@ -102,12 +102,9 @@ def test_a_whole_run_without_sync_stops_at_its_second_step(small, sums, monkeypa
     assert [line["step"] for line in read_jsonl(Path(small.out) / "metrics.jsonl")] == [0, 1]
 
 
-def test_auto_takes_vllm_where_the_version_this_file_knows_is_installed(policy, monkeypatch, capsys):
-    wishes = {wish: fipo.wants_vllm(dataclasses.replace(policy.cfg, sampler=wish)) for wish in ("auto", "vllm", "hf")}
+def test_auto_takes_vllm_where_it_is_installed(base):
+    wishes = {wish: fipo.Policy(base, fipo.EvalConfig(sampler=wish)).vllm for wish in ("auto", "vllm", "hf")}
     assert wishes == {"auto": True, "vllm": True, "hf": False}
-    monkeypatch.setattr(fipo, "VLLM", "0.11.0")  # as if this file knew another
-    assert not fipo.wants_vllm(dataclasses.replace(policy.cfg, sampler="auto"))
-    assert "sampling with Hugging Face" in capsys.readouterr().out
 
 
 def test_the_engine_reads_no_more_than_the_model_does(sampler, policy):
