@@ -1103,7 +1103,7 @@ def check(cfg: SharedConfig) -> None:  # refuse what no command can work with
     for name, value in vars(cfg).items():
         require(value or name not in ("model", "data", "base", "trained"), f"--{name} is missing.")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            least = 0 if name in may_be_0 else 1e-3 if isinstance(value, float) else 1
+            least = 0 if name in may_be_0 else 1e-3 if isinstance(value, float) and name != "dual_clip" else 1
             sound = value >= least and (math.isfinite(value) or name == "dual_clip")
             require(sound, f"--{name} is {value}: it must be at least {least}, and finite.")
     k, n = getattr(cfg, "eval_k", 0), getattr(cfg, "eval_samples", 0)
