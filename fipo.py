@@ -270,7 +270,7 @@ def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tenso
 
 
 class HFSampler:
-    """Samples with Hugging Face from the trainer's own model. The first of two seams; VLLMSampler is its other side."""
+    """Samples from the trainer's own model. One of two seams: generate, sleep, sync, ranks, policy; see VLLMSampler."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.ranks = policy, 1  # processes that work on the same responses
