@@ -832,9 +832,10 @@ class Run:
                 append_jsonl(path, [r for r in rows if (r["step"], r.get("kind") != "train") < (self.step, True)])
         if cfg.wandb and rank() == 0:
             with explain("--wandb (pip install wandb)"):
-                run_id = f"{derive_seed(str(self.out.resolve())):08x}"  # a resumed run goes on in its own curve
-                wandb = importlib.import_module("wandb")
-                wandb.init(project=cfg.wandb, id=run_id, resume="allow", config=asdict(cfg), dir=self.out)
+                import wandb
+
+                name = f"{derive_seed(str(self.out.resolve())):08x}"  # a resumed run goes on in its own curve
+                self.wandb = wandb.init(project=cfg.wandb, id=name, resume="allow", config=asdict(cfg), dir=self.out)
 
     def log(self) -> None:
         shown = {"step": "step {:4d}", "accuracy": "accuracy {:5.1%}", "response_length/mean": "length {:6.1f}",
@@ -844,7 +845,7 @@ class Run:
         say("  ".join(form.format(self.metrics[name]) for name, form in shown.items() if name in self.metrics))
         append_jsonl(self.out / "metrics.jsonl", [self.metrics])
         if self.cfg.wandb and rank() == 0:
-            sys.modules["wandb"].log(self.metrics, step=self.step)  # imported at the start
+            self.wandb.log(self.metrics, step=self.step)
 
     def log_samples(self, step: int, kind: str, rollouts: list[Rollout]) -> None:
         rows = ({"step": step, "kind": kind} | sample_row(r) for r in rollouts[: self.cfg.log_samples])
