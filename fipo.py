@@ -82,6 +82,7 @@ def arg(default: Any, text: str) -> Any:
 @dataclass
 class SharedConfig:  # what every command has
     data: str = arg("", "problems: a .jsonl, .json or .parquet file, or a hub name[:config[:split]]")
+    problems: int = arg(0, "the first so many problems of each file, for a first look (0: all)")
     out: str = arg("", "folder for everything this command writes")
     seed: int = arg(0, "seed of sampling, shuffling and mini-batches")
     max_prompt: int = arg(2048, "longest prompt in tokens; longer ones are dropped, with a count")
@@ -224,11 +225,13 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
 
 def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
     """Problems with their `prompt_ids`. Too long prompts are dropped, with a count; FipoError if none is left."""
-    encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in load_problems(source)]
+    there = load_problems(source)
+    encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in there[: cfg.problems or None]]
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
-    if len(problems) < len(encoded):
-        say(f"{source}: {len(encoded) - len(problems)} of {len(encoded)} prompts exceed --max_prompt and were dropped.")
+    if len(problems) < len(there):
+        say(f"{source}: the first {len(encoded)} of {len(there)} problems; "
+            f"{len(encoded) - len(problems)} of them exceed --max_prompt and were dropped.")  # fmt: skip
     longest = max(len(p.prompt_ids) for p in problems)
     require(longest + cfg.max_response <= policy.context, f"{source}: the longest prompt has {longest} tokens: with "
             f"--max_response {cfg.max_response}, it exceeds the model's context of {policy.context}.")  # fmt: skip
@@ -332,7 +335,8 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: 
             for r in (r for group in groups for r in group):
                 r.text = sampler.policy.tokenizer.decode(list(r.response_ids), skip_special_tokens=True)
                 r.correct = VERIFY[cfg.verifier](r.text, r.problem.answer)
-            stop_if_signalled()
+            if any(all_gather(stop.is_set())):  # a signal to one rank stops all
+                raise KeyboardInterrupt
             by_engine = all_gather(groups if rank() % sampler.ranks == 0 else [])[:: sampler.ranks]
             for j in range(len(chunk)):
                 yield by_engine[j % engines][j // engines]
@@ -542,9 +546,8 @@ def split_mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> l
 
 def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """This rank's share of a mini-batch, in parts of at most `max_tokens` tokens with padding, or of one response.
-    Dealt out by length: padding is small, and no rank has more tokens than another by over one response. A response
-    always goes to the same rank, which has scored it before. All ranks get the same number of parts, some perhaps
-    empty: sharded weights are gathered by all together."""
+    Dealt out by length: little padding, and no rank has more tokens than another by over one response. The rank that
+    scored a response trains on it. All get as many parts, some perhaps empty: sharded weights are gathered together."""
     parts: list[list[list[Rollout]]] = [[] for _ in range(world())]
     for i, r in enumerate(sorted(mini_batch, key=len, reverse=True)):  # a lack of memory shows at once
         mine = parts[i % world()]
@@ -710,7 +713,7 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: int,
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
     """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
-    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it."""
+    Returns them, statistics of all groups seen (what else is logged is of those kept), and the place in the data."""
     groups: list[list[Rollout]] = []
     accuracies, lengths, rounds = [], [], cfg.max_gen_rounds if cfg.dynamic_sampling else 1
     for i in range(1, rounds + 1):
@@ -724,15 +727,13 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
                 stats = {"accuracy": fmean(accuracies), "gen_rounds": i, "response_length/mean": fmean(lengths),
                          "response_length/max": max(lengths), "tokens": sum(lengths)}  # fmt: skip
                 return groups, stats, cursor + len(accuracies)
-    hint = "harder problems" if fmean(accuracies) > 0.5 else "easier problems, a larger --group_size or --max_response"
     raise NoSignal(f"step {step}: after {rounds} rounds only {len(groups)} of {len(accuracies)} groups hold both right "
                    f"and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: {fmean(accuracies):.1%}. "
-                   f"Give {hint}, or a smaller --prompts_per_batch.")  # fmt: skip
+                   "Give other problems, a larger --group_size or --max_response, or a smaller --prompts_per_batch.")  # fmt: skip
 
 
 def train(cfg: Config) -> None:
-    """Train a model by FIPO, DAPO or GRPO. `accuracy` and `response_length` are of all groups up to the last one kept,
-    what else is logged of the groups kept. Exits if a signal ended the run early."""
+    """Train a model by FIPO, DAPO or GRPO. Exits if a signal ended the run early."""
     cfg = resolve(cfg)
     with joined_ranks(cfg.deepspeed):
         run = Run(cfg)
@@ -768,13 +769,15 @@ def train(cfg: Config) -> None:
                 clock.append(perf_counter())
                 rollout, score, update = (after - before for before, after in zip(clock, clock[1:]))
                 metrics |= summarize_updates(updates) | {
-                    "step": step, "lr": lr, "reward/mean": fmean(r.reward for group in groups for r in group),
-                    "time/rollout": rollout, "time/score": score, "time/update": update,
+                    "step": step, "lr": lr, "time/rollout": rollout, "time/score": score, "time/update": update,
+                    "reward/mean": fmean(r.reward for group in groups for r in group),
+                    "memory/gpu_gib": torch.cuda.max_memory_allocated() / 2**30,  # at most, since the start; CPU: 0
                     "tokens_per_second": metrics.pop("tokens") / (clock[-1] - clock[0])}  # fmt: skip
                 run.log_samples(step, "train", sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
                 run.step, run.cursor, run.metrics, run.whole = step, cursor, metrics, True
                 bar.update()
-                stop_if_signalled()
+                if any(all_gather(stop.is_set())):
+                    raise KeyboardInterrupt
                 if step % cfg.save_every == 0 or step == cfg.steps:
                     run.save()
         sampler.sleep()  # what follows a training may need the GPU
@@ -785,12 +788,9 @@ def evaluate(sampler: Any, problems: list[Problem], cfg: EvalConfig, step: int =
     n, k, what_for = cfg.eval_samples, cfg.eval_k or cfg.eval_samples, (cfg.seed, "eval", step)
     groups = list(sample(sampler, problems, what_for, cfg, n, cfg.eval_temperature, cfg.eval_top_p))
     right = [sum(r.correct for r in group) for group in groups]
-    return {
-        "eval/accuracy": fmean(right) / n,
-        "eval/cons": fmean(majority_correct(group, cfg.verifier) for group in groups),
-        "eval/pass": fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in right),  # unbiased for k < n
-        "eval/response_length": fmean(len(r.response_ids) for group in groups for r in group),
-    }, groups
+    return {"eval/accuracy": fmean(right) / n, "eval/cons": fmean(majority_correct(g, cfg.verifier) for g in groups),
+            "eval/pass": fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in right),  # unbiased for k < n
+            "eval/response_length": fmean(len(r.response_ids) for g in groups for r in g)}, groups  # fmt: skip
 
 
 def majority_correct(group: list[Rollout], verifier: str) -> bool:
@@ -919,11 +919,6 @@ def sample_row(r: Rollout) -> dict[str, Any]:
     return row | {"length": len(r.response_ids)}
 
 
-def stop_if_signalled() -> None:  # all ranks, if any of them was told to
-    if any(all_gather(stop.is_set())):
-        raise KeyboardInterrupt
-
-
 # -------------------------------------------------------------- 12. Many GPUs: ranks, vLLM, DeepSpeed. Ranks first
 CPU = torch.device("cpu")
 PATIENCE = timedelta(hours=6)  # of ranks for one another: longer than the slowest engine takes for its rollouts
@@ -946,8 +941,17 @@ def say(text: str) -> None:
         tqdm.write(text)  # print, without tearing a progress bar apart
 
 
-def progress(*args: Any, **how: Any) -> tqdm:  # on rank 0, and on a terminal
-    return tqdm(*args, leave=False, disable=True if rank() else None, **how)
+class Lines:  # the file of a bar where there is no terminal: its lines, without what moves a cursor
+    def write(self, text: str) -> None:
+        if text.strip("\r\n\x1b[A "):
+            print(text.strip(), file=sys.stderr, flush=True)
+
+
+def progress(*args: Any, **how: Any) -> tqdm:  # on rank 0: a bar; without a terminal, a line a minute
+    if not sys.stderr.isatty():
+        form = "  {desc} {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left"
+        how |= dict(file=Lines(), mininterval=60, delay=60, miniters=1, bar_format=form)
+    return tqdm(*args, leave=False, disable=rank() > 0, **how)
 
 
 def all_gather(value: Any) -> list[Any]:  # of every rank, on every rank; from host to host, not from GPU to GPU
@@ -960,8 +964,7 @@ def all_gather(value: Any) -> list[Any]:  # of every rank, on every rank; from h
 @contextlib.contextmanager
 def joined_ranks(deepspeed: str) -> Iterator[None]:
     """Be one rank of several, if a launcher started several; and end within a minute when another rank dies."""
-    launched = "RANK" in os.environ
-    require(launched == bool(deepspeed), "--deepspeed ds_config.json and a launcher, as torchrun, need each other.")
+    require(("RANK" in os.environ) == bool(deepspeed), "--deepspeed and a launcher, as torchrun, need each other.")
     if not deepspeed:
         yield
         return
@@ -1040,8 +1043,7 @@ class VLLMSampler:
                  top_p: float) -> list[list[Rollout]]:  # fmt: skip
         prompts = [{"prompt_token_ids": p.prompt_ids} for p in problems]
         params = [self.params(n=n, seed=s, max_tokens=max_tokens, temperature=temperature, top_p=top_p) for s in seeds]
-        seen = rank() == 0 and sys.stderr.isatty()  # vLLM divides by zero where a bar is not shown
-        outputs = self.llm.generate(prompts, params, use_tqdm=progress if seen else False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=progress if rank() == 0 else False)
         return [[Rollout(p, array("i", o.token_ids), array("f", o.logprobs.logprobs)) for o in output.outputs]
                 for p, output in zip(problems, outputs)]  # fmt: skip
 
@@ -1104,15 +1106,14 @@ class DeepSpeedPolicy(Policy):
 # ------------------------------------------------------------------------------- 13. The command line and mistakes
 def check(cfg: SharedConfig) -> None:  # refuse what no command can work with
     may_be_0 = ("seed eval_k safety clip_low clip_high overlong_buffer lr warmup_steps weight_decay grad_clip "
-                "prompts_per_round log_samples extrapolate").split()  # fmt: skip
+                "prompts_per_round log_samples extrapolate problems").split()  # fmt: skip
     for name, value in vars(cfg).items():
         require(value or name not in ("model", "data", "base", "trained"), f"--{name} is missing.")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             least = 0 if name in may_be_0 else 1e-3 if isinstance(value, float) and name != "dual_clip" else 1
             sound = value >= least and (math.isfinite(value) or name == "dual_clip")
             require(sound, f"--{name} is {value}: it must be at least {least}, and finite.")
-    k, n = getattr(cfg, "eval_k", 0), getattr(cfg, "eval_samples", 0)
-    require(k <= n, f"--eval_k is {k}, above --eval_samples {n}.")
+    require(getattr(cfg, "eval_k", 0) <= getattr(cfg, "eval_samples", 0), "--eval_k is above --eval_samples.")
 
 
 def resolve(cfg: Config) -> Config:
@@ -1148,7 +1149,7 @@ def explain(attempt: str) -> Iterator[None]:  # another library's failure, in on
 def one_clear_sentence() -> Iterator[None]:
     """What a user can mend becomes one sentence on stderr and exit status 1; a saved interruption exits with 0."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # not every terminal knows τ
+        stream.reconfigure(errors="replace", line_buffering=True)  # not every terminal knows τ; a log waits for none
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is told once, at the end
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed seeks one

@@ -1,7 +1,8 @@
-"""The 32B plan: is every argument valid, what fits where, how long does a step take? No GPU and no weights are needed.
+"""The plan: is every argument valid, what fits where, how long does a step take? No GPU and no weights are needed.
 
 train_32b.sh asks it before every start, so that what cannot run is refused in one sentence, and not by every process on
-every node. By hand it takes the settings of `fipo.py train`:
+every node. By hand it takes the settings of `fipo.py train`; without --deepspeed and GPUS, it is the memory of one
+device with plain torch that it tells:
 
   GPUS=64 python scripts/plan.py --model Qwen/Qwen2.5-32B --data BytedTsinghua-SIA/DAPO-Math-17k --out runs/fipo-32b \\
       --deepspeed ds_config.json --sampler vllm --tensor_parallel 4 --vllm_memory 0.7 \\
@@ -15,8 +16,8 @@ measurements; set your own in the environment:
   LENGTH   tokens of a mean response (8192)
   KEPT     share of groups that are neither all right nor all wrong (0.5)
 
-Formulas are printed with their numbers. Tests measure four of them on small models: activations, logits and FLOPs in
-tests/test_plan.py, and what is held from step to step in tests/test_ranks.py. The others are reckoned, not measured.
+Formulas are printed with their numbers. Tests measure them on small models: activations, logits and FLOPs in
+tests/test_plan.py, and what is held from step to step in tests/test_ranks.py. What vLLM, NCCL and CUDA take is assumed.
 """
 
 import argparse
@@ -112,7 +113,7 @@ def check_model(cfg: fipo.Config, config: PreTrainedConfig, gpus: int) -> None:
     heads, tp = config.num_attention_heads, cfg.tensor_parallel
     fipo.require(gpus % tp == 0, f"--tensor_parallel {tp} does not divide the {gpus} GPUs.")
     fipo.require(heads % tp == 0, f"TP={tp} does not divide the {heads} attention heads.")
-    recomputed = cfg.gradient_checkpointing
+    recomputed = cfg.gradient_checkpointing or not cfg.deepspeed
     fipo.require(recomputed, "without --gradient_checkpointing nothing of this size fits: set it to true.")
     context, limit = cfg.max_prompt + cfg.max_response, config.max_position_embeddings
     fipo.require(context <= limit, f"--max_prompt and --max_response make {context} tokens, the model reads {limit}.")
@@ -170,6 +171,42 @@ def fits(
     room = (GPU_GIB - CUDA_GIB) * GIB
     enough = cache * cfg.tensor_parallel > (cfg.max_prompt + cfg.max_response) * kv_per_token(config)
     return training, sampling, cache, max(training, sampling) < room and enough
+
+
+# ---------------------------------------------------------------------------------------------------- one device
+
+
+def passes(config: PreTrainedConfig, parameters: int, tokens: int, chunk: int, bf16: bool, recomputed: bool) -> float:
+    """Bytes that a forward and backward pass takes beside float32 weights and their gradients.
+
+    Of all tokens the activations, of a chunk of response tokens the logits. In bfloat16 (autocast) what runs between
+    the layers and the norms stay float32, and the weights are copied.
+    """
+    L, H, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    layer = tokens * (36 * H + 8 * inner if bf16 else 48 * H + 16 * inner)  # what its backward needs
+    logits, copied = (16 if bf16 else 20) * chunk * config.vocab_size, 2 * parameters if bf16 else 0
+    return copied + (4 * L * tokens * H + max(layer, logits) if recomputed else L * layer + logits)
+
+
+def one_device(cfg: fipo.Config, config: PreTrainedConfig, parameters: int) -> None:
+    """Memory of plain torch: float32 weights and AdamW's moments, one micro-batch, one batch of rollouts."""
+    bf16, whole = cfg.dtype != "float32", cfg.max_prompt + cfg.max_response
+    rows = min(max(cfg.tokens_per_micro_batch // whole, 1), cfg.prompts_per_mini_batch * cfg.group_size)
+    tokens, chunk = rows * whole, min(rows * cfg.max_response, 1024)
+    held, beside = 12 * parameters, passes(config, parameters, tokens, chunk, bf16, cfg.gradient_checkpointing)
+    rows = min(cfg.rollout_rows, cfg.prompts_per_round * cfg.group_size)
+    cache = rows * whole * kv_per_token(config) * (1 if bf16 else 2)
+    drawn = 28 * rows * config.vocab_size  # logits, log-probs, and their cumulated sum in float64
+    kept = "an input a layer, the layer being recomputed" if cfg.gradient_checkpointing else "of all layers"
+    print(f"""Memory in GiB on one device with plain torch, in {"bfloat16" if bf16 else "float32"}
+  weights 4P, AdamW's moments 8P         = {held / GIB:5.1f}       float32
+  gradients 4P                           = {4 * parameters / GIB:5.1f}       float32; freed after each update
+  activations, a chunk of logits         = {beside / GIB:5.1f}       {kept}, for {tokens} tokens
+  cache of rollouts, a token's logits    = {(cache + drawn) / GIB:5.1f}       {rows} rows of at most {whole} tokens
+
+an update {(held + 4 * parameters + beside) / GIB:5.1f}
+rollouts  {(held + cache + drawn) / GIB:5.1f}       if no response ends before --max_response
+CUDA's own, and what torch keeps in reserve, comes on top: leave a tenth.""")
 
 
 # ------------------------------------------------------------------------------------------------------ the plan
@@ -257,8 +294,9 @@ def settings_of(argv: list[str]) -> fipo.Config:
 
 def plan(argv: list[str]) -> None:
     cfg = settings_of(argv)
-    gpus = gpus_asked_for()
-    zero = check_deepspeed(cfg.deepspeed)
+    alone = not cfg.deepspeed and "GPUS" not in os.environ
+    gpus = 1 if alone else gpus_asked_for()
+    zero = {} if alone else check_deepspeed(cfg.deepspeed)
     check_data(cfg)
     config, parameters = shape_of(cfg.model)
     check_model(cfg, config, gpus)
@@ -266,6 +304,8 @@ def plan(argv: list[str]) -> None:
 model        {cfg.model}: {parameters / BILLION:.2f} billion parameters, P; {config.num_hidden_layers} layers of \
 {config.hidden_size}
 """)
+    if alone:
+        return one_device(cfg, config, parameters)
     print_memory(cfg, config, parameters, zero)
     print_fit(cfg, config, parameters, gpus, zero)
     print_step(cfg, config, parameters, gpus)

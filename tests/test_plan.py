@@ -75,7 +75,7 @@ BY_HAND = (
     ("--tensor_parallel 3", {}, "--tensor_parallel 3 does not divide the 8 GPUs"),
     ("--gradient_checkpointing false", {}, "without --gradient_checkpointing nothing of this size fits"),
     ("--max_response 999", {}, "make 1015 tokens, the model reads 256"),
-    ("--deepspeed=", {}, "--deepspeed is missing: give ds_config.json"),
+    ("--deepspeed=", {"GPUS": "8"}, "--deepspeed is missing: give ds_config.json"),
     ("--deepspeed no.json", {}, "checking no.json failed"),
 ])  # fmt: skip
 def test_plan_by_hand_refuses_what_cannot_run(base, sums, monkeypatch, words, env, said):
@@ -153,6 +153,37 @@ def test_plan_s_bytes_of_activations_and_logits_are_the_measured_peak(shape):
     planned = saved + max(layer, plan.logits(config, chunk))
     measured = peak(lambda: fipo.token_logprobs(model, ids, mask, 1.0, chunk)[0].sum().backward())
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("shape", [
+    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=8, vocab_size=512),
+    dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=30_000),
+])  # fmt: skip
+def test_plan_s_bytes_of_a_pass_with_plain_torch_are_the_measured_peak(shape, recomputed, bf16):
+    """Float32 weights, with and without autocast, activations kept or recomputed; beside the gradients."""
+    config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True)
+    model, tokens, chunk = Qwen2ForCausalLM(config).train(), 1024, 256
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logp, _ = fipo.token_logprobs(model, torch.zeros(1, tokens).long(), torch.ones(1, tokens), 1.0, chunk)
+        logp.sum().backward()
+
+    parameters = sum(p.numel() for p in model.parameters())
+    assert plan.passes(config, parameters, tokens, chunk, bf16, recomputed) == pytest.approx(peak(run), rel=0.15)
+
+
+def test_plan_of_one_device(base, sums, capsys):
+    """Without --deepspeed it tells what plain torch takes, whatever the machine it is asked on."""
+    plan.plan(f"--model {base} --data {sums} --out o --max_prompt 16 --max_response 32 --overlong_buffer 8".split())
+    told = capsys.readouterr().out
+    assert "on one device with plain torch, in bfloat16" in told and "an update" in told and "GPUs N" not in told
 
 
 @pytest.mark.parametrize("tied", [False, True])

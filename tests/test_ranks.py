@@ -188,7 +188,7 @@ def test_when_a_rank_dies_the_others_end_with_a_message_and_the_checkpoint_is_wh
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(deepspeed=""), "--deepspeed ds_config.json and a launcher, as torchrun, need each other"),
+    (dict(deepspeed=""), "--deepspeed and a launcher, as torchrun, need each other"),
     (dict(deepspeed="no.json"), "reading no.json failed"),
     (dict(deepspeed=ZERO_3), "cannot read a model that ZeRO-3 has cut into shards"),  # by both of two ranks
     (dict(deepspeed="broken"), "overlap_com Extra inputs are not permitted"),
