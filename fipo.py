@@ -230,8 +230,8 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(there):
-        say(f"{source}: the first {len(encoded)} of {len(there)} problems; "
-            f"{len(encoded) - len(problems)} of them exceed --max_prompt and were dropped.")  # fmt: skip
+        say(f"{source}: the first {len(encoded)} of {len(there)} problems, "
+            f"without {len(encoded) - len(problems)} whose prompts exceed --max_prompt.")  # fmt: skip
     longest = max(len(p.prompt_ids) for p in problems)
     require(longest + cfg.max_response <= policy.context, f"{source}: the longest prompt has {longest} tokens: with "
             f"--max_response {cfg.max_response}, it exceeds the model's context of {policy.context}.")  # fmt: skip
@@ -575,8 +575,7 @@ class Policy:
     The second seam: on its other side, DeepSpeedPolicy does the same with the model cut into shards."""
 
     def __init__(self, path: str, cfg: SharedConfig) -> None:
-        self.path, self.cfg, self.training = path, cfg, isinstance(cfg, Config)
-        self.sharded = False  # has no rank all the weights?
+        self.path, self.cfg, self.training, self.sharded = path, cfg, isinstance(cfg, Config), False
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         fast = self.device != CPU and torch.cuda.is_bf16_supported(including_emulation=False)
         require(self.device == CPU or fast or cfg.dtype != "bfloat16", "this GPU has no bfloat16: --dtype float32.")
@@ -729,7 +728,7 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
                 return groups, stats, cursor + len(accuracies)
     raise NoSignal(f"step {step}: after {rounds} rounds only {len(groups)} of {len(accuracies)} groups hold both right "
                    f"and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: {fmean(accuracies):.1%}. "
-                   "Give other problems, a larger --group_size or --max_response, or a smaller --prompts_per_batch.")  # fmt: skip
+                   "Try other problems, more --group_size or --max_response, or less --prompts_per_batch.")  # fmt: skip
 
 
 def train(cfg: Config) -> None:

@@ -42,7 +42,7 @@ from fipo import Problem, arg, derive_seed, explain, progress, require, sample_t
 class TokensConfig(fipo.SharedConfig):
     base: str = arg("", "model folder or hub name before training")
     trained: str = arg("", "the same model after training, as OUT/checkpoints/step_…")
-    problems: int = arg(128, "problems taken from --data, from its start")
+    problems: int = arg(128, "the first so many problems of --data (0: all)")
     seeds: int = arg(3, "responses per problem; spreads are taken over them")
     tokens_per_micro_batch: int = arg(32768, "padded tokens per forward pass of scoring")
     replacement: bool = arg(True, "do token replacement, which needs both models in memory at once")
@@ -442,7 +442,7 @@ def run_tokens(cfg: TokensConfig) -> None:
         out.mkdir(parents=True, exist_ok=True)
     policy = fipo.Policy(cfg.trained, cfg)
     eos, tokenizer, tolerance = policy.eos, policy.tokenizer, policy.tolerance
-    problems = fipo.encode_problems(cfg.data, policy, cfg)[: cfg.problems]
+    problems = fipo.encode_problems(cfg.data, policy, cfg)
     trained = write(fipo.HFSampler(policy), "trained", problems, cfg)
     del policy  # one model after the other is in memory
     policy = fipo.Policy(cfg.base, cfg)

@@ -315,3 +315,28 @@ def test_a_terminal_that_knows_no_greek_is_no_obstacle():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert done.returncode == 0 and "Future-KL" in done.stdout and "--study_seeds" in done.stdout, done.stderr
+
+
+def test_without_a_terminal_a_line_a_minute_says_where_a_long_run_stands(capsys):
+    clock = 0
+    with fipo.progress(total=3, desc="steps") as outer, fipo.progress(total=300, desc="tokens") as bar:
+        start = bar.start_t
+        bar._time = lambda: start + clock  # tqdm's own
+        while clock < 199:
+            clock += 1
+            bar.update()
+        fipo.say("step 1")
+        outer.update()
+    told = capsys.readouterr()
+    assert re.findall(r"tokens (\d+)/300, (\S+) gone, (\S+) left\n", told.err) == [
+        ("60", "01:00", "04:00"), ("120", "02:00", "03:00"), ("180", "03:00", "02:00")
+    ]  # fmt: skip
+    assert told.out == "step 1\n" and told.err.count("\n") == 3 and not set("\r\x1b") & set(told.err)
+
+
+def test_a_log_is_written_line_by_line(tmp_path):
+    """A step takes minutes: what it says must not wait in a buffer until there are 8 kB of it."""
+    code = "import os, fipo\nwith fipo.one_clear_sentence():\n fipo.say('step 1')\n os._exit(0)"
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "step 1\n"

@@ -144,12 +144,17 @@ def test_chat_template_where_there_is_one_plain_text_where_there_is_none(base):
     assert tokenizer.decode(fipo.encode_prompt(messages, tokenizer)) == "1+2=?,:"
 
 
-def test_long_prompts_are_dropped_and_counted(base, tmp_path, capsys):
+def test_the_first_problems_are_taken_and_long_prompts_dropped_and_counted(base, tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1" * n, "answer": "2"} for n in (3, 5, 9)])
     cfg = fipo.EvalConfig(model=base, data=str(tmp_path / "a.jsonl"), max_prompt=5, max_response=8)
     policy = fipo.Policy(base, cfg)
     assert [len(p.prompt_ids) for p in fipo.encode_problems(cfg.data, policy, cfg)] == [3, 5]
-    assert "1 of 3 prompts" in capsys.readouterr().out
+    assert "the first 3 of 3 problems, without 1 whose prompts exceed --max_prompt" in capsys.readouterr().out
+    cfg.problems = 1
+    assert [len(p.prompt_ids) for p in fipo.encode_problems(cfg.data, policy, cfg)] == [3]
+    assert "a.jsonl: the first 1 of 3 problems, without 0 " in capsys.readouterr().out
+    cfg.problems = 9
+    assert len(fipo.encode_problems(cfg.data, policy, cfg)) == 2, "more than there are: all"
     cfg.max_prompt = 2
     with pytest.raises(FipoError, match="every prompt is longer"):
         fipo.encode_problems(cfg.data, policy, cfg)
