@@ -230,8 +230,7 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(there):
-        say(f"{source}: the first {len(encoded)} of {len(there)} problems, "
-            f"without {len(encoded) - len(problems)} whose prompts exceed --max_prompt.")  # fmt: skip
+        say(f"{source}: of the first {len(encoded)} of {len(there)} problems, {len(problems)} are within --max_prompt.")
     longest = max(len(p.prompt_ids) for p in problems)
     require(longest + cfg.max_response <= policy.context, f"{source}: the longest prompt has {longest} tokens: with "
             f"--max_response {cfg.max_response}, it exceeds the model's context of {policy.context}.")  # fmt: skip
@@ -547,7 +546,7 @@ def split_mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> l
 def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """This rank's share of a mini-batch, in parts of at most `max_tokens` tokens with padding, or of one response.
     Dealt out by length: little padding, and no rank has more tokens than another by over one response. The rank that
-    scored a response trains on it. All get as many parts, some perhaps empty: sharded weights are gathered together."""
+    scored a response trains on it. All have equally many, some perhaps empty: sharded weights are gathered together."""
     parts: list[list[list[Rollout]]] = [[] for _ in range(world())]
     for i, r in enumerate(sorted(mini_batch, key=len, reverse=True)):  # a lack of memory shows at once
         mine = parts[i % world()]
@@ -712,7 +711,7 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: int,
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
     """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
-    Returns them, statistics of all groups seen (what else is logged is of those kept), and the place in the data."""
+    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it."""
     groups: list[list[Rollout]] = []
     accuracies, lengths, rounds = [], [], cfg.max_gen_rounds if cfg.dynamic_sampling else 1
     for i in range(1, rounds + 1):
@@ -728,7 +727,8 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
                 return groups, stats, cursor + len(accuracies)
     raise NoSignal(f"step {step}: after {rounds} rounds only {len(groups)} of {len(accuracies)} groups hold both right "
                    f"and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: {fmean(accuracies):.1%}. "
-                   "Try other problems, more --group_size or --max_response, or less --prompts_per_batch.")  # fmt: skip
+                   f"Give {'harder' if fmean(accuracies) > 0.5 else 'easier'} problems, more --group_size or "
+                   "--max_response, or less --prompts_per_batch.")  # fmt: skip
 
 
 def train(cfg: Config) -> None:
@@ -770,12 +770,11 @@ def train(cfg: Config) -> None:
                 metrics |= summarize_updates(updates) | {
                     "step": step, "lr": lr, "time/rollout": rollout, "time/score": score, "time/update": update,
                     "reward/mean": fmean(r.reward for group in groups for r in group),
-                    "memory/gpu_gib": torch.cuda.max_memory_allocated() / 2**30,  # at most, since the start; CPU: 0
                     "tokens_per_second": metrics.pop("tokens") / (clock[-1] - clock[0])}  # fmt: skip
                 run.log_samples(step, "train", sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
                 run.step, run.cursor, run.metrics, run.whole = step, cursor, metrics, True
                 bar.update()
-                if any(all_gather(stop.is_set())):
+                if any(all_gather(stop.is_set())):  # the step is whole
                     raise KeyboardInterrupt
                 if step % cfg.save_every == 0 or step == cfg.steps:
                     run.save()
@@ -948,7 +947,7 @@ class Lines:  # the file of a bar where there is no terminal: its lines, without
 
 def progress(*args: Any, **how: Any) -> tqdm:  # on rank 0: a bar; without a terminal, a line a minute
     if not sys.stderr.isatty():
-        form = "  {desc} {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left"
+        form = "{desc} {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left"
         how |= dict(file=Lines(), mininterval=60, delay=60, miniters=1, bar_format=form)
     return tqdm(*args, leave=False, disable=rank() > 0, **how)
 
@@ -1042,7 +1041,8 @@ class VLLMSampler:
                  top_p: float) -> list[list[Rollout]]:  # fmt: skip
         prompts = [{"prompt_token_ids": p.prompt_ids} for p in problems]
         params = [self.params(n=n, seed=s, max_tokens=max_tokens, temperature=temperature, top_p=top_p) for s in seeds]
-        outputs = self.llm.generate(prompts, params, use_tqdm=progress if rank() == 0 else False)
+        seen = rank() == 0 and sys.stderr.isatty()  # vLLM divides by zero where a bar is not shown
+        outputs = self.llm.generate(prompts, params, use_tqdm=progress if seen else False)
         return [[Rollout(p, array("i", o.token_ids), array("f", o.logprobs.logprobs)) for o in output.outputs]
                 for p, output in zip(problems, outputs)]  # fmt: skip
 
@@ -1148,7 +1148,7 @@ def explain(attempt: str) -> Iterator[None]:  # another library's failure, in on
 def one_clear_sentence() -> Iterator[None]:
     """What a user can mend becomes one sentence on stderr and exit status 1; a saved interruption exits with 0."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace", line_buffering=True)  # not every terminal knows τ; a log waits for none
+        stream.reconfigure(errors="replace", line_buffering=True)  # not all terminals know τ; logs shall not lag
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is told once, at the end
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed seeks one

@@ -239,7 +239,7 @@ def study_tokens(cfg: fipo.Config, seeds: int, embedded: bool) -> None:
 
     say("\nwhich tokens did RL change?")
     names = {f.name for f in dataclasses.fields(fipo.SharedConfig)} | {"tokens_per_micro_batch"}
-    shared = {name: getattr(cfg, name) for name in names - {"dtype"}}  # float32: rounding would look like a change
+    shared = {n: getattr(cfg, n) for n in names - {"dtype", "problems"}}  # float32: rounding would look like a change
     out, trained = Path(cfg.out) / "tokens", fipo.newest_checkpoint(Path(cfg.out))
     less = {} if embedded else dict(problems=32, replacement=False)
     how = shared | dict(base=cfg.model, trained=str(trained), data=cfg.eval_data or cfg.data, out=str(out), seeds=seeds)

@@ -15,8 +15,10 @@ python scripts/bench_gpu.py --tiny --csv FILE    # the same code at small size, 
 
 Neither network, DeepSpeed nor vLLM is needed; the rest of requirements.txt is, with torch from 2.11 on. What does not
 fit in memory is said and passed over; what takes too long is stopped. MFU is plan.py's FLOPs (scoring one forward pass,
-an update four) over time, as a share of what the card does in one large bfloat16 product, and of the plan's H100.
-Peak memory is that of tensors, on a GPU only. Times are medians after a warm-up, but for the sampler, run once.
+an update three: what is recomputed does not count) over time, as a share of what the card does in one large bfloat16
+product, and of the plan's H100. Peak memory is that of tensors, on a GPU only. Times of model and future_kl are medians
+after a warm-up, the others are of one run. Attention by cuDNN may have to plan anew for every length, which a sampler
+would feel at every token: it is measured without and with it.
 """
 
 import argparse
@@ -124,7 +126,7 @@ def what_fits(say: Note, case: str) -> Iterator[None]:
         yield
     except Exception as error:  # torch, cuBLAS and the CPU have words of their own, which fipo.py may repeat
         told = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "allocate memory"))
-        if not (told or isinstance(error, MemoryError)):
+        if not (told or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
             raise
         say(case, {"does not fit": ""})
 
@@ -197,7 +199,7 @@ def measure_model(name: str, say: Note, size: Size, work: Path) -> None:
         flops = tokens * plan.forward_flops(shape, parameters, tokens)
         saved, layer = plan.activations(shape, tokens)
         planned = 8 * parameters + saved + max(layer, plan.logits(shape, min(tokens, 1024)))
-        for what, run, passes in (("scoring", score, 1), ("update", update, 4)):
+        for what, run, passes in (("scoring", score, 1), ("update", update, 3)):
             policy.optimizer.zero_grad()  # a pass that did not fit may have left some
             with what_fits(say, case := f"{what}, {tokens} tokens, {way}"):
                 spent, peak = measured(functools.partial(run, random_rollout(shape.vocab_size, tokens)), 2)
@@ -218,7 +220,7 @@ def measure_future_kl(say: Note, size: Size, work: Path) -> None:
             run = functools.partial(fipo.future_kl, delta, torch.ones_like(delta, dtype=torch.bool))
             spent, few = seconds(run, 51), delta[:16].cpu()
             error = (run()[:16].cpu() - in_float64(few, 32.0)).abs() / in_float64(few.abs(), 32.0)
-            share = 2 * 4 * B * T / spent / rate  # Δ is read, F is written: the least there is to move
+            share = 9 * B * T / spent / rate  # Δ and mask are read, F is written: the least there is to move
             say(case, {"ms": spent * 1e3, "share of the copy": share, "error": error.max().item()})
 
 
@@ -238,9 +240,11 @@ def random_model(folder: Path, size: Size) -> fipo.Config:
 def measure_sampler(say: Note, size: Size, work: Path) -> None:
     cfg = random_model(work / "sampler", size)
     sampler = fipo.HFSampler(fipo.Policy(cfg.model, cfg))
-    for rows in size.rows:
+    for cudnn, rows in ((False, size.rows[0]), (False, size.rows[1]), (True, size.rows[0])):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         problems = [random_rollout(100, 128, prompt=128).problem for _ in range(rows // 16)]
-        with what_fits(say, case := f"{rows} rows, 128 + {size.response} tokens"):
+        attention = "with" if cudnn else "without"
+        with what_fits(say, case := f"{rows} rows, 128 + {size.response} tokens, {attention} cuDNN's attention"):
             sampler.generate(problems, list(range(len(problems))), 16, 4, 1.0, 1.0)  # warms up
             start = time.perf_counter()
             groups = sampler.generate(problems, list(range(len(problems))), 16, size.response, 1.0, 1.0)
@@ -328,7 +332,7 @@ def measure_embedded(say: Note, size: Size, work: Path) -> None:
 # With the seconds after which a part is stopped. The longest is last: the others do not wait for it.
 PARTS: dict[str, tuple[Callable[[Note, Size, Path], None], int]] = {
     **{f"model-{name}": (functools.partial(measure_model, name), 120) for name in SHAPES},
-    "future_kl": (measure_future_kl, 60), "sampler": (measure_sampler, 90), "step": (measure_step, 120),
+    "future_kl": (measure_future_kl, 60), "sampler": (measure_sampler, 120), "step": (measure_step, 120),
     "resume": (measure_resume, 120), "embedded": (measure_embedded, 240),
 }  # fmt: skip
 WHOLE, AMISS = "whole part seconds", ("failed", "stopped")
@@ -365,6 +369,7 @@ def in_own_process(words: list[str], limit: float) -> str:
 
 def supervise(parts: list[str], path: Path, tiny: bool, words: list[str], minutes: float) -> None:
     start, bad = time.monotonic(), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending the process that measures
     with tempfile.TemporaryDirectory() as work:
         for several in [parts] if tiny else [[part] for part in parts]:  # tiny ones take less time than their start
             left = minutes * 60 - (time.monotonic() - start)

@@ -16,8 +16,8 @@ measurements; set your own in the environment:
   LENGTH   tokens of a mean response (8192)
   KEPT     share of groups that are neither all right nor all wrong (0.5)
 
-Formulas are printed with their numbers. Tests measure them on small models: activations, logits and FLOPs in
-tests/test_plan.py, and what is held from step to step in tests/test_ranks.py. What vLLM, NCCL and CUDA take is assumed.
+Formulas are printed with their numbers. Tests measure some on small models: activations, logits and FLOPs in
+tests/test_plan.py, and what is held from step to step in tests/test_ranks.py. The others are reckoned, not measured.
 """
 
 import argparse
@@ -191,18 +191,19 @@ def passes(config: PreTrainedConfig, parameters: int, tokens: int, chunk: int, b
 def one_device(cfg: fipo.Config, config: PreTrainedConfig, parameters: int) -> None:
     """Memory of plain torch: float32 weights and AdamW's moments, one micro-batch, one batch of rollouts."""
     bf16, whole = cfg.dtype != "float32", cfg.max_prompt + cfg.max_response
-    rows = min(max(cfg.tokens_per_micro_batch // whole, 1), cfg.prompts_per_mini_batch * cfg.group_size)
-    tokens, chunk = rows * whole, min(rows * cfg.max_response, 1024)
+    tokens = min(max(cfg.tokens_per_micro_batch, whole), cfg.prompts_per_mini_batch * cfg.group_size * whole)
+    chunk = min(tokens * cfg.max_response // whole, 1024)
     held, beside = 12 * parameters, passes(config, parameters, tokens, chunk, bf16, cfg.gradient_checkpointing)
     rows = min(cfg.rollout_rows, cfg.prompts_per_round * cfg.group_size)
-    cache = rows * whole * kv_per_token(config) * (1 if bf16 else 2)
+    cache = rows * whole * kv_per_token(config) * (1.5 if bf16 else 2)  # under autocast, keys are float32
     drawn = 28 * rows * config.vocab_size  # logits, log-probs, and their cumulated sum in float64
+    drawn += 2 * parameters if bf16 else 0  # autocast's copy of the weights
     kept = "an input a layer, the layer being recomputed" if cfg.gradient_checkpointing else "of all layers"
     print(f"""Memory in GiB on one device with plain torch, in {"bfloat16" if bf16 else "float32"}
   weights 4P, AdamW's moments 8P         = {held / GIB:5.1f}       float32
   gradients 4P                           = {4 * parameters / GIB:5.1f}       float32; freed after each update
   activations, a chunk of logits         = {beside / GIB:5.1f}       {kept}, for {tokens} tokens
-  cache of rollouts, a token's logits    = {(cache + drawn) / GIB:5.1f}       {rows} rows of at most {whole} tokens
+  cache of rollouts, logits of a token   = {(cache + drawn) / GIB:5.1f}       {rows} rows of at most {whole} tokens
 
 an update {(held + 4 * parameters + beside) / GIB:5.1f}
 rollouts  {(held + cache + drawn) / GIB:5.1f}       if no response ends before --max_response

@@ -228,11 +228,15 @@ def test_the_token_study_of_a_run_is_in_float32(tmp_path, monkeypatch):
     """Whatever the run computed in: bfloat16's rounding would look like a change."""
     asked = []
     monkeypatch.setattr(tokens, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen"))
-    cfg = fipo.Config(model="m", data="d", eval_data="e", out=str(tmp_path), dtype="bfloat16", max_response=77)
+    cfg = fipo.Config(model="m", data="d", eval_data="e", out=str(tmp_path), dtype="bfloat16", max_response=77,
+                      problems=9)  # fmt: skip
     with pytest.raises(fipo.FipoError, match="seen"):
         train_small.study_tokens(cfg, 2, embedded=False)
-    (how,) = asked
+    with pytest.raises(fipo.FipoError, match="seen"):
+        train_small.study_tokens(cfg, 2, embedded=True)
+    how, tiny = asked
     assert (how.dtype, how.data, how.max_response, how.seeds, how.replacement) == ("float32", "e", 77, 2, False)
+    assert (how.problems, tiny.problems, tiny.replacement) == (32, 128, True), "not the number that the run took"
 
 
 def test_grpo_in_the_embedded_run_is_grpo():

@@ -149,10 +149,10 @@ def test_the_first_problems_are_taken_and_long_prompts_dropped_and_counted(base,
     cfg = fipo.EvalConfig(model=base, data=str(tmp_path / "a.jsonl"), max_prompt=5, max_response=8)
     policy = fipo.Policy(base, cfg)
     assert [len(p.prompt_ids) for p in fipo.encode_problems(cfg.data, policy, cfg)] == [3, 5]
-    assert "the first 3 of 3 problems, without 1 whose prompts exceed --max_prompt" in capsys.readouterr().out
+    assert "of the first 3 of 3 problems, 2 are within --max_prompt" in capsys.readouterr().out
     cfg.problems = 1
     assert [len(p.prompt_ids) for p in fipo.encode_problems(cfg.data, policy, cfg)] == [3]
-    assert "a.jsonl: the first 1 of 3 problems, without 0 " in capsys.readouterr().out
+    assert "a.jsonl: of the first 1 of 3 problems, 1 are within --max_prompt" in capsys.readouterr().out
     cfg.problems = 9
     assert len(fipo.encode_problems(cfg.data, policy, cfg)) == 2, "more than there are: all"
     cfg.max_prompt = 2
