@@ -224,6 +224,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
     entropy.set(title="Entropy of the policy, nats a token", ylim=(0, None))
     for axes in (accuracy, length, entropy, influence):
         axes.set_xlabel("step")
+        axes.locator_params("x", integer=True)
         axes.grid(alpha=0.3)
         axes.legend(handles=axes.lines)
     both = [*influence.lines, *share.lines]
@@ -303,8 +304,7 @@ def run(argv: list[str]) -> None:
         defaults = embedded_settings(out, given.pretrain_steps)
     else:
         defaults = QWEN | ({"model": given.model} if given.model else {})
-        where = "a GPU" if gpu else "the CPU, which will be slow"
-        say(f"{defaults['model']} on {given.data or 'GSM8K'}, on {where}")
+        say(f"{defaults['model']} on {given.data or 'GSM8K'}, on {'a GPU' if gpu else 'the CPU, which will be slow'}")
     cfg = configure(argv, defaults | {"out": str(out)})
     fipo.resolve(cfg)  # a mistake in the settings is told before anything is made
     if embedded:

@@ -329,7 +329,7 @@ def shades(rows: list[dict[str, Any]], view: str) -> tuple[list[list[float]], di
     """Each token's place between −1 and 1 in a view, 0 being neutral; and the places of the view's ends, by value."""
     neutral = VIEWS[view][1]
     values = [value for row in rows for value in row.get(view, [])] + [neutral]
-    largest = max(abs(value - neutral) for value in values) or 1.0
+    largest = max(0.01, *(abs(value - neutral) for value in values))  # what is less is next to nothing: no colour
     places = [[(value - neutral) / largest for value in row.get(view, [])] for row in rows]
     return places, {f"{end:.3g}": (end - neutral) / largest for end in sorted({min(values), neutral, max(values)})}
 
@@ -381,7 +381,8 @@ def draw_token_map(row: dict[str, Any], path: Path, columns: int = 90, most: int
         for (text, x, y), place in zip(shown, places):
             axes.barh(y, len(text), 0.9, x, align="edge", fc=shade(place), ec="0.85", lw=0.5)
             axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center", parse_math=False)
-        colours = [f"{'white' if not x else 'orange' if x > 0 else 'blue'} {value}" for value, x in ends.items()]
+        hue = {end: "white" if abs(x) < 0.01 else "orange" if x > 0 else "blue" for end, x in ends.items()}
+        colours = [f"{colour} {end}" for end, colour in hue.items()]
         axes.set_title(f"{VIEWS[view][0]}: {', '.join(colours)}", loc="left", fontsize="small")
         axes.set(xlim=(-0.1, width + 0.1), ylim=(lines, -0.1))
         axes.axis("off")
@@ -455,7 +456,8 @@ def run_tokens(cfg: TokensConfig) -> None:
     found["token_map"], note = choose_for_map(written, updated, tokenizer)
     (out / "metrics.json").write_text(json.dumps(found, indent=1))
     (out / "token_map.html").write_text(token_map(found["token_map"], note), encoding="utf-8")
-    draw_token_map(found["token_map"][-1], out / "token_map.png")
+    most = max((row for row in found["token_map"] if "F" in row), key=lambda row: max(map(abs, row["F"])))
+    draw_token_map(most, out / "token_map.png")
     draw_histograms(written, out / "histograms.png")
     if cfg.replacement:
         rows, accuracy = replace_tokens(problems, written, cfg), {who: found[who]["accuracy"] for who in written}
