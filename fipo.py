@@ -334,7 +334,7 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: 
             for r in (r for group in groups for r in group):
                 r.text = sampler.policy.tokenizer.decode(list(r.response_ids), skip_special_tokens=True)
                 r.correct = VERIFY[cfg.verifier](r.text, r.problem.answer)
-            if any(all_gather(stop.is_set())):  # a signal to one rank stops all
+            if any(all_gather(stop.is_set())):  # all ranks, if one was told to
                 raise KeyboardInterrupt
             by_engine = all_gather(groups if rank() % sampler.ranks == 0 else [])[:: sampler.ranks]
             for j in range(len(chunk)):
@@ -546,7 +546,7 @@ def split_mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> l
 def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """This rank's share of a mini-batch, in parts of at most `max_tokens` tokens with padding, or of one response.
     Dealt out by length: little padding, and no rank has more tokens than another by over one response. The rank that
-    scored a response trains on it. All have equally many, some perhaps empty: sharded weights are gathered together."""
+    scored a response trains on it. All ranks have equally many parts, some empty: shards are gathered together."""
     parts: list[list[list[Rollout]]] = [[] for _ in range(world())]
     for i, r in enumerate(sorted(mini_batch, key=len, reverse=True)):  # a lack of memory shows at once
         mine = parts[i % world()]
