@@ -727,8 +727,7 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
                 return groups, stats, cursor + len(accuracies)
     raise NoSignal(f"step {step}: after {rounds} rounds only {len(groups)} of {len(accuracies)} groups hold both right "
                    f"and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: {fmean(accuracies):.1%}. "
-                   f"Give {'harder' if fmean(accuracies) > 0.5 else 'easier'} problems, more --group_size or "
-                   "--max_response, or less --prompts_per_batch.")  # fmt: skip
+                   f"Give {'harder' if fmean(accuracies) > 0.5 else 'easier'} problems or a larger group.")  # fmt: skip
 
 
 def train(cfg: Config) -> None:
@@ -1112,7 +1111,8 @@ def check(cfg: SharedConfig) -> None:  # refuse what no command can work with
             least = 0 if name in may_be_0 else 1e-3 if isinstance(value, float) and name != "dual_clip" else 1
             sound = value >= least and (math.isfinite(value) or name == "dual_clip")
             require(sound, f"--{name} is {value}: it must be at least {least}, and finite.")
-    require(getattr(cfg, "eval_k", 0) <= getattr(cfg, "eval_samples", 0), "--eval_k is above --eval_samples.")
+    k, n = getattr(cfg, "eval_k", 0), getattr(cfg, "eval_samples", 0)
+    require(k <= n, f"--eval_k is {k}, above --eval_samples {n}.")
 
 
 def resolve(cfg: Config) -> Config:
