@@ -419,7 +419,8 @@ def choose_for_map(written: dict[str, list[Response]], updated: list[Response], 
     """Rows for the map: three responses of each model, or of the base and the last update's; whence their F and f."""
     chosen = [("written by the base model", r) for r in written["base"][:3]]
     note = "F and f are those of the last update in training, of the responses it trained on."
-    chosen += [("trained on in the last update", r) for r in updated]
+    distinct = {(*r.problem.prompt_ids, *r.response_ids): r for r in updated}  # late in a run many are alike
+    chosen += [("trained on in the last update", r) for r in distinct.values()]
     if not updated:
         note = "No update is kept with the trained weights: F and f are as if all of training had been one."
         chosen += [("written by the trained model", r) for r in written["trained"][:3]]
