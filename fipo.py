@@ -224,13 +224,13 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
 
 
 def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
-    """Problems with their `prompt_ids`. Too long prompts are dropped, with a count; FipoError if none is left."""
-    there = load_problems(source)
-    encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in there[: cfg.problems or None]]
+    """The first `problems` of a file, with their `prompt_ids`. Too long ones are dropped; FipoError if none is left."""
+    found = load_problems(source)
+    encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in found[: cfg.problems or None]]
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
-    if len(problems) < len(there):
-        say(f"{source}: of the first {len(encoded)} of {len(there)} problems, {len(problems)} are within --max_prompt.")
+    if len(problems) < len(found):
+        say(f"{source}: of the first {len(encoded)} of {len(found)} problems, {len(problems)} are within --max_prompt.")
     longest = max(len(p.prompt_ids) for p in problems)
     require(longest + cfg.max_response <= policy.context, f"{source}: the longest prompt has {longest} tokens: with "
             f"--max_response {cfg.max_response}, it exceeds the model's context of {policy.context}.")  # fmt: skip

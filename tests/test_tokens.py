@@ -522,3 +522,11 @@ def test_heads_that_differ_are_told(cfg, base, tmp_path, capsys):
     model.resize_token_embeddings(model.config.vocab_size + 8)
     model.save_pretrained(other)
     fails(flags(dataclasses.replace(cfg, trained=str(other), out=str(tmp_path / "o"))), capsys, "different tokenizers")
+
+
+def test_what_is_next_to_nothing_has_no_colour():
+    """Else an F of rounding alone would glow like one that moves f."""
+    (places,), _ = tokens.shades([{"F": [1e-6, -5e-6, 0.0]}], "F")
+    assert max(map(abs, places)) < 0.01
+    (places,), ends = tokens.shades([{"F": [0.5, -0.25]}], "F")
+    assert places == [1.0, -0.5] and ends == {"-0.25": -0.5, "0": 0.0, "0.5": 1.0}
