@@ -39,7 +39,8 @@ NAMES = {"dapo": "DAPO", "fipo": "FIPO, f in [1, 1.2]", "fipo7b": "FIPO, f in [0
 GROUPS = ("tune", "main", "range", "tau", "updates", "without_m", "long")
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 BEST_LR = "2e-4"  # by `tune`, for each of the four
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # Student's t, two-sided 95 %, by number of values
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t,
+# two-sided 95 %, by number of values
 
 # ------------------------------------------------------------------------------------------------ What is run
 

@@ -1,0 +1,615 @@
+"""Does f find the tokens that matter, and what can it do about them? FIPO's weight held against the truth.
+
+On the embedded task (train_small.py) the value of every prefix can be had: by sampling what follows, many times. So
+there is a truth about which token decided a response, and f can be compared with it.
+
+python scripts/credit.py truth       # 1  the value of every prefix of 128 responses, at steps 1, 4, 10, 20
+python scripts/credit.py finds       # 2  who finds the key tokens: Δlog p, F, f, the past, entropy, −log π_old
+python scripts/credit.py gradients   # 3  how far f turns DAPO's gradient, beside the bound and the noise
+python scripts/credit.py matters     # 4  training with f, and with an oracle that knows the values
+python scripts/credit.py half        # 5  training on half of the tokens: with the largest f, the smallest, random ones
+python scripts/credit.py setting     # 6  settings in which f has more to say: a choice on seeds of its own
+python scripts/credit.py report      # assets/results/credit.json and credit_runs.csv, assets/credit.png
+
+A part does what is not done yet, in runs/credit, two processes at a time, a thread each; started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # of all processes
+
+import datasets
+import matplotlib
+import torch
+from torch import Tensor
+
+import bench_compare
+import fipo
+import train_small
+from bench_compare import interval
+from fipo import Rollout
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path(os.environ.get("CREDIT_RUNS", ROOT / "runs" / "credit"))
+SEEDS, STEPS, CONTINUATIONS = range(5), (1, 4, 10, 20), 64  # of parts 1 to 3
+RATES = (1e-4, 2e-4)  # of part 3: the embedded run's, and the best of scripts/bench_compare.py
+TAUS = (1, 8, 32, 128)
+RANGES = {"[1, 1.2]": (1.0, 1.2), "[0.8, 1.2]": (0.8, 1.2), "[0.5, 2]": (0.5, 2.0), "unclipped": (0.0, math.inf)}
+LEAD = 16  # tokens before a key token that are looked at
+
+
+def settings(**changed: Any) -> fipo.Config:
+    """The embedded run with what is changed. Its base model and its problems are made if they are not there yet."""
+    steps = changed.pop("pretrain_steps", 1000)
+    defaults = train_small.embedded_settings(RUNS / f"task-{steps}", steps)
+    if not (Path(defaults["model"]).is_dir() and Path(defaults["eval_data"]).exists()):
+        train_small.make_embedded(defaults, steps)
+    return fipo.resolve(train_small.configure([], defaults | {"out": str(RUNS)} | changed))
+
+
+def updates(cfg: fipo.Config) -> Iterator[tuple[int, int, fipo.HFSampler, list[list[Rollout]]]]:
+    """fipo.train without evaluation and logs, one process: halts before every update, so that it can be looked at.
+    Yields step, number of the update, sampler (with the policy) and the mini-batches of the step."""
+    policy = fipo.Policy(cfg.model, cfg)
+    problems, sampler, cursor = fipo.encode_problems(cfg.data, policy, cfg), fipo.HFSampler(policy), 0
+    for step in range(1, cfg.steps + 1):
+        groups, _, cursor = fipo.collect_rollouts(sampler, problems, cfg, step, cursor)
+        fipo.assign_rewards(groups, cfg)
+        fipo.assign_advantages(groups)
+        mini_batches = fipo.split_mini_batches(groups, cfg, step)
+        fipo.score_old_logp(policy, mini_batches)
+        for i, mini_batch in enumerate(mini_batches):
+            yield step, i, sampler, mini_batches
+            fipo.add_gradients(policy, mini_batch, cfg)
+            policy.step(cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)))
+
+
+# -------------------------------------------------------------------------------------------------- 1. The truth
+def values(sampler: fipo.HFSampler, rollouts: list[Rollout], n: int, cfg: fipo.Config, what_for: Any,
+           sure: float = 2.0) -> list[Tensor]:  # fmt: skip
+    """V of every prefix of every response, [T + 1] each: the share of `n` continuations under the sampler's policy that
+    are right. V[0] is the prompt's, V[T] the outcome: nothing follows a whole response. ΔV = V.diff(), [T], belongs to
+    the tokens, and its sum is outcome − V[0]. A prefix that responses share is continued once for all of them.
+    To save time, a token sampled with a probability of `sure` or more (above 1: none) keeps the value before it: V is
+    a mean over what the token could have been, so that |ΔV| ≤ 1 − π(token)."""
+    heads = [[t for t in range(len(r.response_ids)) if t == 0 or math.exp(r.sampler_logp[t - 1]) < sure]
+             for r in rollouts]  # fmt: skip
+    asked = {(*r.problem.prompt_ids, *r.response_ids[:t]): r.problem for r, at in zip(rollouts, heads) for t in at}
+    ordered, size, V = sorted(asked, key=lambda ids: (len(ids), ids)), max(1, cfg.rollout_rows // n), {}
+    for i in fipo.progress(range(0, len(ordered), size), desc="values"):
+        chunk = ordered[i : i + size]  # of like lengths
+        starts = [len(asked[ids].prompt_ids) for ids in chunk]
+        seeds = [fipo.derive_seed(what_for, ids[:start], ids[start:]) for ids, start in zip(chunk, starts)]
+        room = max(start + cfg.max_response - len(ids) for ids, start in zip(chunk, starts))
+        prompts = [replace(asked[ids], prompt_ids=list(ids)) for ids in chunk]
+        groups = sampler.generate(prompts, seeds, n, room, cfg.temperature, 1.0)
+        for ids, start, group in zip(chunk, starts, groups):
+            responses = [[*ids, *r.response_ids][start : start + cfg.max_response] for r in group]
+            texts = [sampler.policy.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+            V[ids] = fmean(fipo.VERIFY[cfg.verifier](text, asked[ids].answer) for text in texts)
+    found = []
+    for r, at in zip(rollouts, heads):
+        along: list[float] = []
+        for t in range(len(r.response_ids)):
+            along.append(V[*r.problem.prompt_ids, *r.response_ids[:t]] if t in at else along[-1])
+        found.append(torch.tensor([*along, float(r.correct)]))
+    return found
+
+
+def z_score(before: Tensor, after: Tensor, n: int) -> Tensor:
+    """How many standard errors two shares of n trials are apart (Agresti and Caffo: one success and one failure are
+    added to each, or 0 of n and n of n would have no error)."""
+    p, q = ((x * n + 1) / (n + 2) for x in (before, after))
+    return (q - p) / ((p * (1 - p) + q * (1 - q)) / (n + 2)).sqrt()
+
+
+KEY = 3.29  # standard errors; by chance one token in a thousand is as far off
+
+
+def record_truth(seed: int) -> None:
+    """Part 1 for one seed: for each step a file with what the loss saw of the last two mini-batches, and the values."""
+    files, kept = {step: RUNS / "truth" / f"{seed}-{step}.pt" for step in STEPS}, None
+    if all(file.exists() for file in files.values()):
+        return
+    (RUNS / "truth").mkdir(parents=True, exist_ok=True)
+    cfg = settings(seed=seed, steps=STEPS[-1] + 1, rollout_rows=256)
+    for step, i, sampler, mini_batches in updates(cfg):
+        if i == 0 and kept:  # that step is over: log π_θ at the update, and after all updates
+            file, rollouts, rows = kept
+            rows |= {"logp": [r.logp for r in rollouts], "after": score(sampler.policy, rollouts)[0]}
+            torch.save(rows, file.with_suffix(".partial"))
+            file.with_suffix(".partial").rename(file)
+            kept = None
+        if i == 0 and step in files and not files[step].exists():
+            rollouts = mini_batches[-2] + mini_batches[-1]
+            kept = files[step], rollouts, {
+                "ids": [list(r.response_ids) for r in rollouts], "advantage": [r.advantage for r in rollouts],
+                "correct": [r.correct for r in rollouts], "old_logp": [r.old_logp for r in rollouts],
+                "entropy": score(sampler.policy, rollouts)[1],
+                "V": [values(sampler, rollouts, CONTINUATIONS, cfg, (seed, "value", again)) for again in (0, 1)],
+            }  # fmt: skip
+
+
+@torch.no_grad()
+def score(policy: fipo.Policy, rollouts: list[Rollout]) -> tuple[list[Tensor], list[Tensor]]:
+    """log π and entropy of the responses' tokens, [T] each."""
+    policy.model.eval()
+    input_ids, mask, _, _ = fipo.collate(rollouts, policy.device)
+    return tuple([row[where] for row, where in zip(x, mask)] for x in policy.logprobs(input_ids, mask))
+
+
+# -------------------------------------------------------------------------------------------- 2. Who finds it
+def auc(score: Tensor, positive: Tensor) -> float:
+    """The chance that a positive has a higher score than another: 0.5 is guessing. Ties count half. [N], [N] bool."""
+    hits, others = score[positive].double(), score[~positive].double().sort().values
+    below = [torch.searchsorted(others, hits, right=right).double() for right in (False, True)]
+    return (sum(below) / 2 / len(others)).mean().item()  # NaN where one side is empty
+
+
+def scores(delta: Tensor, advantage: float, tau: float = 32.0) -> dict[str, Tensor]:
+    """What a loss can know of each token of a response from its Δlog p, [T] each."""
+    one = torch.ones(1, len(delta), dtype=torch.bool)
+    weigh = partial(fipo.influence_weight, delta[None], advantage * one, one, tau=tau)
+    F, f = weigh()
+    both_ways = weigh(weight_range=RANGES["[0.8, 1.2]"])[1].log().abs()
+    past = fipo.future_kl(delta.flip(0)[None], one, tau).flip(1)
+    return {"Δ": delta, "|Δ|": delta.abs(), "F": F[0], "|F|": F[0].abs(), "f": f[0], "|log f|": both_ways[0],
+            "|past|": past[0].abs()}  # fmt: skip
+
+
+FINDERS = {"|Δ|": "|Δlog p|", "|F|": "|F|", "F": "F", "f": "f in [1, 1.2]", "|log f|": "|log f|, f in [0.8, 1.2]",
+           "|past|": "|the past|", "entropy": "entropy", "−log π_old": "−log π_old", "left": "tokens left"}  # fmt: skip
+
+
+def read_truth(seed: int, step: int, when: str = "logp", tau: float = 32.0) -> dict[str, Tensor]:
+    """All tokens of the responses, [N] each: scores, ΔV by all continuations and by each half of them, key or not, and
+    how many tokens before the next key token. `when`: Δ as the loss saw it ("logp"), or after the step ("after")."""
+    rows, n = torch.load(RUNS / "truth" / f"{seed}-{step}.pt", weights_only=True), CONTINUATIONS
+    tokens: list[dict[str, Tensor]] = []
+    for i, (first, second) in enumerate(zip(*rows["V"])):
+        V, T, A = (first + second) / 2, len(rows["ids"][i]), rows["advantage"][i]
+        is_key = [z_score(v[:-1], v[1:], m).abs() > KEY for v, m in ((V, 2 * n), (first, n), (second, n))]
+        ahead = torch.full((T,), 10**6)  # none follows
+        for t in reversed(range(T)):
+            ahead[t] = 0 if is_key[0][t] else ahead[t + 1] + 1 if t + 1 < T else 10**6
+        tokens.append(
+            scores(rows[when][i] - rows["old_logp"][i], A, tau)
+            | {
+                "entropy": rows["entropy"][i],
+                "−log π_old": -rows["old_logp"][i],
+                "left": torch.arange(T, 0, -1.0),
+                "A": torch.full((T,), A),
+                "ΔV": V.diff(),
+                "ΔV 1": first.diff(),
+                "ΔV 2": second.diff(),
+                "key": is_key[0],
+                "key 1": is_key[1],
+                "key 2": is_key[2],
+                "ahead": ahead,
+                "false": z_score(first[:-1], second[:-1], n).abs() > KEY,
+            }
+        )  # the same prefix twice: what differs is noise
+    return {name: torch.cat([each[name] for each in tokens]) for name in tokens[0]}
+
+
+def find_at(seed: int, step: int) -> dict[str, float]:
+    """Part 2 for one seed and step: a flat table of numbers."""
+    t = read_truth(seed, step)
+    key, bad = t["key"], t["ΔV"] < 0
+    share = {"key tokens, share": key, "false alarms, share": t["false"]}
+    mean = {"key tokens that the other half finds, too": t["key 2"][t["key 1"]], "key tokens that are bad": bad[key],
+            "f at good key tokens": t["f"][key & ~bad], "f at bad key tokens": t["f"][key & bad],
+            "f elsewhere": t["f"][~key]}  # fmt: skip
+    found = {name: x.float().mean().item() for name, x in (share | mean).items()} | {
+        "tokens": len(key), "key tokens": key.sum().item(), "ΔV, rms": t["ΔV"].square().mean().sqrt().item(),
+        "noise of ΔV, rms": (t["ΔV 1"] - t["ΔV 2"]).square().mean().sqrt().item() / 2,
+        "correlation of two halves": torch.corrcoef(torch.stack([t["ΔV 1"], t["ΔV 2"]]))[0, 1].item(),
+        "smallest jump of a key token": t["ΔV"][key].abs().min().item()}  # fmt: skip
+    for when, name in (("logp", "at the update"), ("after", "after the step")):
+        t = read_truth(seed, step, when)
+        found |= {f"AUC, {name}, {which}": auc(t[which], key) for which in FINDERS}
+        found |= {f"good from bad, {name}, {which}": auc(t[which][key], ~bad[key]) for which in ("Δ", "F", "A")}
+        for tau in TAUS:
+            at = read_truth(seed, step, when, tau)
+            found |= {f"AUC, {name}, {which}, τ = {tau}": auc(at[which], key) for which in ("|F|", "f")}
+        for d in range(LEAD + 1):  # tokens d before a key token, against those with none here or among the next LEAD
+            there, far = t["ahead"] == d, t["ahead"] > LEAD
+            for which in ("|Δ|", "|F|", "f", "|past|", "left"):
+                found[f"{d} before, {name}, {which}"] = auc(t[which][there | far], there[there | far])
+    return found
+
+
+# ---------------------------------------------------------------------------------- 3. What f does with it
+def cosine_bound(low: float, high: float) -> float:
+    """Weights w in [low, high] on orthogonal token gradients g_t turn their sum by no more than this cosine.
+
+    With p_t = |g_t|² / Σ|g|²: cos = E[w] / √E[w²], and (w − a)(b − w) ≥ 0 gives E[w²] ≤ (a + b) E[w] − ab. Then
+    cos² ≥ m² / ((a + b) m − ab) with m = E[w], smallest at m = 2ab / (a + b): cos ≥ 2√(ab) / (a + b) (Kantorovich)."""
+    return 2 * math.sqrt(low * high) / (low + high) if math.isfinite(high) else 0.0
+
+
+def gradient(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.Config, bounds: tuple[float, float]) -> Tensor:
+    """The loss's gradient with f in `bounds`, as one vector. Weights and optimiser stay."""
+    fipo.add_gradients(policy, mini_batch, replace(cfg, weight_range=list(bounds)))
+    vector = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    policy.optimizer.zero_grad()
+    return vector
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+def squared_gradients(policy: fipo.Policy, r: Rollout, cfg: fipo.Config) -> Tensor:
+    """|g_t|² of every token's own gradient of DAPO's loss, [T], with 1 for the common denominator."""
+    input_ids, mask, old_logp, advantages = fipo.collate([r], policy.device)
+    logp, _ = policy.logprobs(input_ids, mask)
+    how = dict(weight_range=(1.0, 1.0), clip_low=cfg.clip_low, clip_high=cfg.clip_high, num_tokens=1)
+    by_logp = torch.autograd.grad(fipo.fipo_loss(logp, old_logp, advantages, mask, **how)[0], logp, retain_graph=True)[
+        0
+    ]
+    weights, squares = list(policy.model.parameters()), []
+    for at in mask[0].nonzero()[:, 0].tolist():  # 0 where the ratio is clipped
+        parts = torch.autograd.grad(logp[0, at] * by_logp[0, at], weights, retain_graph=True)
+        squares.append(sum(part.square().sum().item() for part in parts))
+    return torch.tensor(squares)
+
+
+def token_by_token(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.Config, total: Tensor) -> dict[str, float]:
+    """How far DAPO's token gradients g_t cancel (|Σg|² / Σ|g|²: 1 if orthogonal), what share of Σ|g|² the top tenth of
+    the tokens has, and what f would do if they were orthogonal. `total`: the gradient of their mean."""
+    squares = torch.cat([squared_gradients(policy, r, cfg) for r in mini_batch]).double()
+    share = squares / squares.sum()
+    row = {"|Σg|² / Σ|g|²": (total.double().square().sum() * len(squares) ** 2 / squares.sum()).item(),
+           "share of the top tenth": share.sort(descending=True).values[: len(share) // 10].sum().item()}  # fmt: skip
+    for name, bounds in RANGES.items():
+        f = torch.cat([weight_of(r, bounds) for r in mini_batch]).double()
+        row[f"if orthogonal: {name}"] = ((share * f).sum() / (share * f * f).sum().sqrt()).item()
+    return row
+
+
+def weight_of(r: Rollout, bounds: tuple[float, float]) -> Tensor:  # f of a response's tokens at the update on it, [T]
+    delta, one = (r.logp - r.old_logp)[None], torch.ones(1, len(r.logp), dtype=torch.bool)
+    return fipo.influence_weight(delta, r.advantage * one, one, weight_range=bounds)[1][0]
+
+
+def agreement(vectors: list[Tensor]) -> float:
+    """The mean cosine between two of the vectors."""
+    unit, n = torch.stack([v / v.norm() for v in vectors]), len(vectors)
+    return (unit.sum(0).square().sum().item() - n) / (n * (n - 1))
+
+
+def compare_gradients(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.Config) -> tuple[dict, dict]:
+    """FIPO's gradient against DAPO's on the same mini-batch and weights, for each range of f: cosine and ratio of the
+    norms; and as vectors DAPO's gradient and FIPO's turn, the part of its direction that is not DAPO's."""
+    dapo, row = gradient(policy, mini_batch, cfg, (1.0, 1.0)), {}
+    vectors = {"DAPO": dapo}
+    for name, bounds in RANGES.items():
+        g = gradient(policy, mini_batch, cfg, bounds)
+        row |= {f"cosine: {name}": cosine(g, dapo), f"norm: {name}": (g.norm() / dapo.norm()).item()}
+        vectors[name] = g / g.norm() - row[f"cosine: {name}"] * dapo / dapo.norm()
+    return row, vectors
+
+
+def record_gradients(seed: int, lr: float) -> None:
+    """Part 3 for one seed and learning rate: a JSON file of rows, one for each update."""
+    file, rows = RUNS / "gradients" / f"{lr:g}-{seed}.json", []
+    if file.exists():
+        return
+    cfg = settings(seed=seed, steps=STEPS[-1], lr=lr)
+    seen: list[dict[str, Tensor]] = []  # the vectors of a step's updates
+    for step, i, sampler, mini_batches in updates(cfg):
+        if step in STEPS:
+            row, vectors = compare_gradients(sampler.policy, mini_batches[i], cfg)
+            seen.append(vectors)
+            if i + 1 < len(mini_batches):  # the next mini-batch has taught nothing yet either
+                other = gradient(sampler.policy, mini_batches[i + 1], cfg, (1.0, 1.0))
+                row["cosine: another mini-batch"] = cosine(vectors["DAPO"], other)
+            else:  # at a first update FIPO does not turn
+                row |= {f"agreement: {name}": agreement([each[name] for each in seen[1:]]) for name in vectors}
+                row |= token_by_token(sampler.policy, mini_batches[i], cfg, vectors["DAPO"])
+                seen.clear()
+            rows.append({"lr": lr, "seed": seed, "step": step, "update": i + 1} | row)
+    write_json(file, rows)
+
+
+# -------------------------------------------------------------------------------------- 4. – 6. Training with it
+SMALL = dict(group_size=8, prompts_per_batch=16, prompts_per_mini_batch=2, max_gen_rounds=100, lr=2e-4,
+             rollout_rows=256)  # fmt: skip
+FEW, SURE = 16, 0.98  # the oracle's continuations of a prefix; and the tokens it takes to move the value by nothing
+SHARP = 3.0  # its f is clip(exp(SHARP · ±ΔV)): 2 for a jump of 0.23
+WIDE = dict(weight_range=[0.5, 2.0])
+MORE = dict(prompts_per_mini_batch=1, lr=1e-4)  # 32 updates a batch
+LONG = dict(pretrain_steps=3000)
+TEN, TUNING = range(10), range(100, 102)  # seeds of parts 4 and 5, and to choose by
+
+# Part -> arm -> what is changed in fipo.py, settings, seeds
+ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
+    "tune": {f"dapo-{lr:g}": ("", SMALL | dict(algorithm="dapo", lr=lr), TUNING) for lr in (1e-4, 2e-4, 4e-4)},
+    "matters": {
+        "dapo": ("", SMALL | dict(algorithm="dapo"), TEN),
+        "fipo": ("", SMALL, TEN),
+        "fipo-wide": ("", SMALL | WIDE, TEN),
+        "oracle": ("oracle", SMALL, TEN),
+        "oracle-wide": ("oracle", SMALL | WIDE, TEN),
+        "values": ("values", SMALL, TEN),
+    },
+    "half": {name: (name, SMALL | dict(algorithm="dapo"), TEN) for name in ("largest", "random", "smallest")},
+}  # fmt: skip
+for kind, how in {"": {"lr": 2e-4}, "more-": MORE, "long-": LONG | {"lr": 2e-4}, "long-more-": LONG | MORE}.items():
+    ARMS.setdefault("setting", {})[f"{kind}dapo"] = ("", how | dict(algorithm="dapo"), TUNING)
+    ARMS["setting"][f"{kind}wide"] = ("", how | WIDE, TUNING)
+ARMS["setting"]["more-fipo"] = ("", MORE, TUNING)
+
+
+def know_values(cfg: fipo.Config, weigh: Callable[[Rollout, Tensor], Tensor]) -> None:
+    """Let fipo.py train with the advantages weigh(response, ΔV), [T], of which ΔV is estimated at every step."""
+    score_old_logp, collate = fipo.score_old_logp, fipo.collate
+
+    def value(policy: fipo.Policy, mini_batches: list[list[Rollout]]) -> dict[str, float]:
+        rollouts = [r for mini_batch in mini_batches for r in mini_batch]
+        for r, V in zip(rollouts, values(fipo.HFSampler(policy), rollouts, FEW, cfg, (cfg.seed, "oracle"), SURE)):
+            r.advantages = weigh(r, V.diff())
+        return score_old_logp(policy, mini_batches)
+
+    def with_advantages(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
+        input_ids, mask, old_logp, _ = collate(rollouts, device)
+        advantages = torch.zeros(mask.shape)
+        advantages[mask] = torch.cat([r.advantages for r in rollouts])
+        return input_ids, mask, old_logp, advantages  # [B, L]
+
+    fipo.score_old_logp, fipo.collate = value, with_advantages
+
+
+def oracle_weight(r: Rollout, delta_V: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """The oracle's f: large where a token moved the value the way the outcome went, small where against it."""
+    return (SHARP * delta_V * (1 if r.correct else -1)).exp().clamp(*bounds)
+
+
+def learn_from_half(which: str, seed: int) -> None:
+    """Let fipo.py learn from half of the tokens of a mini-batch: with the largest F (so f before its bounds), the
+    smallest, or random ones; these also at a first update, where F is 0 but for rounding."""
+    weigh = fipo.influence_weight
+
+    def choose(delta_logp: Tensor, advantages: Tensor, mask: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+        F, f = weigh(delta_logp, advantages, mask, **how)
+        rank = {"largest": F, "smallest": -F}.get(which) if delta_logp.abs().max() > 1e-3 else None
+        if rank is None:
+            chance = fipo.derive_seed(seed, mask.sum().item(), delta_logp.sum().item())
+            rank = torch.rand(F.shape, generator=torch.Generator().manual_seed(chance))
+        first = rank.masked_fill(~mask, -math.inf).flatten().topk(int(mask.sum()) // 2).indices
+        return F, torch.zeros(F.numel()).index_fill(0, first, 1.0).view_as(F)
+
+    fipo.influence_weight = choose
+
+
+def train_arm(part: str, arm: str, seed: int) -> None:
+    """One run of a part, in a process of its own, since it changes fipo.py; its output goes to a file."""
+    out, (change, how, _) = RUNS / part / f"{arm}-{seed}", ARMS[part][arm]
+    if (out / "done").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        if "long" in arm:
+            bench_compare.lengthen_the_task()
+        cfg = settings(**dict(how), seed=seed, eval_every=2, save_every=8, log_samples=0)
+        cfg = replace(cfg, out=str(out), resume=True)
+        if change == "oracle":
+            bounds = tuple(cfg.weight_range)
+            know_values(cfg, lambda r, delta_V: r.advantage * oracle_weight(r, delta_V, bounds))
+            cfg = replace(cfg, weight_range=[1.0, 1.0])  # f is in the advantages already
+        elif change == "values":  # VinePPO's advantage: what the token did to the value
+            know_values(cfg, lambda r, delta_V: delta_V)
+            cfg = replace(cfg, weight_range=[1.0, 1.0])
+        elif change:
+            learn_from_half(change, seed)
+        with contextlib.suppress(fipo.NoSignal):  # all is right: nothing left to learn
+            fipo.train(cfg)
+    (out / "done").touch()
+    shutil.rmtree(out / "checkpoints")
+
+
+def train_arms(part: str) -> None:
+    jobs = [(seed, arm) for arm, (_, _, seeds) in ARMS[part].items() for seed in seeds]
+    side_by_side([partial(train_arm, part, arm, seed) for seed, arm in sorted(jobs)])
+
+
+# --------------------------------------------------------------------------------------------- What came out
+Spread = tuple[float, float | None]  # mean over seeds, and half of its 95 % interval
+
+
+def over_seeds(rows: list[dict[str, float]]) -> dict[str, Spread]:
+    known = {name: [row[name] for row in rows if math.isfinite(row.get(name, math.nan))] for name in rows[0]}
+    return {name: interval(values) for name, values in known.items() if values}
+
+
+def read_gradients(lr: float) -> list[dict[str, float]]:
+    files = [RUNS / "gradients" / f"{lr:g}-{seed}.json" for seed in SEEDS]
+    return [row for file in files if file.exists() for row in json.loads(file.read_text())]
+
+
+def gradients_at(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The updates of one step and seed: means, and the smallest cosine, from the second update on."""
+    names = [f"{what}: {name}" for name in RANGES for what in ("cosine", "norm")]
+    found = {name: fmean(row[name] for row in rows[1:]) for name in names}
+    found |= {f"least cosine: {name}": min(row[f"cosine: {name}"] for row in rows) for name in RANGES}
+    found["cosine: another mini-batch"] = fmean(row["cosine: another mini-batch"] for row in rows[:-1])
+    return found | {name: rows[-1][name] for name in rows[-1] if name not in rows[0]}  # what is told at the last only
+
+
+def read_runs() -> list[dict[str, Any]]:
+    """Every run that is done: part, arm, seed; area under the accuracy curve, final accuracy and length; the curve."""
+    rows = []
+    for part, arms in ARMS.items():
+        for arm, (_, _, seeds) in arms.items():
+            for seed in seeds:
+                folder = RUNS / part / f"{arm}-{seed}"
+                if (folder / "done").exists():
+                    seen = [x for x in train_small.read_jsonl(folder / "metrics.jsonl") if "eval/accuracy" in x]
+                    rows.append({"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen),
+                                 "steps": seen[-1]["step"], "curve": [x["eval/accuracy"] for x in seen]})  # fmt: skip
+    return rows
+
+
+def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Part and arm -> means over seeds, and the difference to DAPO with the same settings, paired by seed."""
+    by_arm: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in runs:
+        by_arm.setdefault((row["part"], row["arm"]), {})[row["seed"]] = row
+    found = {}
+    for (part, arm), mine in by_arm.items():
+        kind = arm.removesuffix(arm.split("-")[-1]) if part in ("setting", "final") else ""
+        dapo = by_arm.get(("matters" if part == "half" else part, f"{kind}dapo"), {})
+        result: dict[str, Any] = {"seeds": len(mine)}
+        for key in ("area", "final", "length"):
+            result[key] = interval([row[key] for row in mine.values()])
+            both = [row[key] - dapo[seed][key] for seed, row in mine.items() if seed in dapo and row is not dapo[seed]]
+            if both:
+                result[f"{key} − DAPO"] = interval(both)
+        found[f"{part}: {arm}"] = result
+    return found
+
+
+def told(spread: Spread | int | None) -> str:
+    if spread is None or isinstance(spread, int):
+        return "" if spread is None else str(spread)
+    return f"{spread[0]:.3f}" + ("" if spread[1] is None else f" ± {spread[1]:.3f}")
+
+
+def table(what: str, columns: dict[Any, dict[str, Any]]) -> None:
+    print(" | ".join([f"\n{what}", *map(str, columns)]))
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        print(" | ".join([name, *(told(column.get(name)) for column in columns.values())]))
+
+
+def find() -> dict[int, dict[str, Spread]]:
+    """Part 2: for every step its numbers, over seeds."""
+    found = {}
+    for step in STEPS:
+        seeds = [seed for seed in SEEDS if (RUNS / "truth" / f"{seed}-{step}.pt").exists()]
+        found[step] = over_seeds([find_at(seed, step) for seed in fipo.progress(seeds, desc=f"step {step}")])
+    table("step", found)
+    return found
+
+
+def report() -> None:
+    results: dict[str, Any] = {"truth": find(), "gradients": {}}
+    for lr in RATES:
+        rows = read_gradients(lr)
+        for step in STEPS if rows else ():
+            of_seeds = [[r for r in rows if (r["seed"], r["step"]) == (seed, step)] for seed in SEEDS]
+            results["gradients"][f"lr {lr:g}, step {step}"] = over_seeds([gradients_at(x) for x in of_seeds if x])
+    table("gradients", results["gradients"])
+    runs = read_runs()
+    results["runs"] = against_dapo(runs)
+    table("runs", results["runs"])
+    out = ROOT / "assets" / "results"
+    write_json(out / "credit.json", results)
+    if runs:
+        rows = [row | {"curve": " ".join(f"{x:.4f}" for x in row["curve"])} for row in runs]
+        datasets.Dataset.from_list(rows).to_csv(out / "credit_runs.csv")
+    draw(results, runs, ROOT / "assets" / "credit.png")
+
+
+LABELS = {"dapo": "DAPO", "fipo": "FIPO, f in [1, 1.2]", "fipo-wide": "FIPO, f in [0.5, 2]",
+          "oracle": "oracle, [1, 1.2]", "oracle-wide": "oracle, [0.5, 2]", "values": "ΔV as the advantage"}  # fmt: skip
+
+
+def draw(results: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> None:
+    figure, ((finds, leads), (turns, matters)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    truth = results["truth"].items()
+    for j, (step, found) in enumerate(truth):
+        spread = [found[f"AUC, at the update, {which}"] for which in FINDERS]
+        where = [i + (j - 1.5) * 0.17 for i in range(len(FINDERS))]
+        width = [half or 0 for _, half in spread]
+        finds.errorbar([m for m, _ in spread], where, xerr=width, fmt="o", ms=4, label=f"step {step}")
+    finds.set(title="Who finds the tokens that decide?", xlabel="AUC: 0.5 is guessing, 1 finds them all",
+              yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.2, 1.02))  # fmt: skip
+    finds.axvline(0.5, color="grey", lw=1)
+    finds.invert_yaxis()
+    for which in ("|Δ|", "|F|", "f", "|past|", "left"):
+        names = [f"{d} before, at the update, {which}" for d in range(LEAD + 1)]
+        at = [fmean(found[name][0] for _, found in truth if name in found) for name in names]
+        leads.plot(range(LEAD + 1), at, marker=".", label=FINDERS[which], ls=":" if which == "left" else "-")
+    leads.set(title="And what leads to them?", xlabel="tokens before the next one that decides",
+              ylabel="AUC, mean of four steps", ylim=(0.2, 1.02))  # fmt: skip
+    leads.axhline(0.5, color="grey", lw=1)
+    for name, bounds in {"another mini-batch": None, **RANGES}.items():
+        at: dict[int, list[float]] = {}  # number of the update -> degrees, of all seeds and steps
+        for row in read_gradients(RATES[-1]):
+            if f"cosine: {name}" in row:
+                at.setdefault(row["update"], []).append(math.degrees(math.acos(min(1.0, row[f"cosine: {name}"]))))
+        label = f"FIPO, {'f in ' * name.startswith('[')}{name}" if bounds else "DAPO on another mini-batch"
+        (line,) = turns.plot(list(at), [fmean(x) for x in at.values()], marker=".", label=label)
+        turns.fill_between(list(at), *zip(*((min(x), max(x)) for x in at.values())), alpha=0.15, lw=0)
+        if bounds and math.isfinite(bounds[1]):
+            turns.axhline(math.degrees(math.acos(cosine_bound(*bounds))), color=line.get_color(), ls="--", lw=1)
+    turns.set(title="How far is it to DAPO's gradient?", xlabel="update on one batch of rollouts",
+              ylabel="degrees (dashed: the bound)", ylim=(0, None))  # fmt: skip
+    for arm, label in LABELS.items():
+        curves = [row["curve"] for row in runs if (row["part"], row["arm"]) == ("matters", arm)]
+        spread = [interval(list(at)) for at in zip(*curves)]
+        (line,) = matters.plot([2 * i for i in range(len(spread))], [m for m, _ in spread], label=label)
+        low, high = ([m + sign * (half or 0) for m, half in spread] for sign in (-1, 1))
+        matters.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.15, lw=0)
+    matters.set(title="Does it matter?", xlabel="step", ylabel="held-out accuracy", ylim=(0.25, 1))
+    for axes in (finds, leads, turns, matters):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------ Command line
+def write_json(file: Path, rows: Any) -> None:  # whole or not at all
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".partial").write_text(json.dumps(rows, indent=1) + "\n")
+    file.with_suffix(".partial").rename(file)
+
+
+def side_by_side(jobs: list[Callable[[], None]]) -> None:
+    """Two at a time, each in a process of its own."""
+    settings()  # what all of them read
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+        for done in fipo.progress([pool.submit(job) for job in jobs], desc="runs"):
+            done.result()
+
+
+def main(argv: list[str]) -> None:
+    parts = {
+        "truth": lambda: side_by_side([partial(record_truth, seed) for seed in SEEDS]),
+        "gradients": lambda: side_by_side([partial(record_gradients, s, lr) for s in SEEDS for lr in RATES]),
+        "finds": find,
+        "report": report,
+    } | {part: partial(train_arms, part) for part in ARMS}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    with fipo.one_clear_sentence():
+        parts[parser.parse_args(argv).part]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
