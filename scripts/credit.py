@@ -6,7 +6,8 @@ there is a truth about which token decided a response, and f can be compared wit
 python scripts/credit.py truth       # 1  the value of every prefix of 128 responses, at steps 1, 4, 10, 20
 python scripts/credit.py finds       # 2  who finds the key tokens: Δlog p, F, f, the past, entropy, −log π_old
 python scripts/credit.py gradients   # 3  how far f turns DAPO's gradient, beside the bound and the noise
-python scripts/credit.py matters     # 4  training with f, and with an oracle that knows the values
+python scripts/credit.py tune        #    DAPO's learning rates for parts 4 to 6, on seeds of their own
+python scripts/credit.py matters     # 4  training with f, and with an oracle that estimates the values
 python scripts/credit.py half        # 5  training on half of the tokens: with the largest f, the smallest, random ones
 python scripts/credit.py setting     # 6  settings in which f has more to say: a choice on seeds of its own
 python scripts/credit.py report      # assets/results/credit.json and credit_runs.csv, assets/credit.png
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -37,7 +39,7 @@ if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # of all processes
 
 import datasets
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
@@ -47,16 +49,15 @@ import train_small
 from bench_compare import interval
 from fipo import Rollout
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 ROOT = Path(__file__).parents[1]
 RUNS = Path(os.environ.get("CREDIT_RUNS", ROOT / "runs" / "credit"))
 SEEDS, STEPS, CONTINUATIONS = range(5), (1, 4, 10, 20), 64  # of parts 1 to 3
 RATES = (1e-4, 2e-4)  # of part 3: the embedded run's, and the best of scripts/bench_compare.py
 TAUS = (1, 8, 32, 128)
-RANGES = {"[1, 1.2]": (1.0, 1.2), "[0.8, 1.2]": (0.8, 1.2), "[0.5, 2]": (0.5, 2.0), "unclipped": (0.0, math.inf)}
-LEAD = 16  # tokens before a key token that are looked at
+RANGES = {"[1, 1.2]": (1.0, 1.2), "[0.8, 1.2]": (0.8, 1.2), "[0.5, 2]": (0.5, 2.0),
+          "unclipped": (0.0, math.inf)}  # fmt: skip
+LEAD, NONE = 16, 10**6  # tokens before a key token that are looked at; no key token follows
+LEADERS = ("|Δ|", "|F|", "|F − Δ|", "|past − Δ|", "f")
 
 
 def settings(**changed: Any) -> fipo.Config:
@@ -87,15 +88,16 @@ def updates(cfg: fipo.Config) -> Iterator[tuple[int, int, fipo.HFSampler, list[l
 
 # -------------------------------------------------------------------------------------------------- 1. The truth
 def values(sampler: fipo.HFSampler, rollouts: list[Rollout], n: int, cfg: fipo.Config, what_for: Any,
-           sure: float = 2.0) -> list[Tensor]:  # fmt: skip
+           sure: float = math.inf) -> list[Tensor]:  # fmt: skip
     """V of every prefix of every response, [T + 1] each: the share of `n` continuations under the sampler's policy that
     are right. V[0] is the prompt's, V[T] the outcome: nothing follows a whole response. ΔV = V.diff(), [T], belongs to
     the tokens, and its sum is outcome − V[0]. A prefix that responses share is continued once for all of them.
-    To save time, a token sampled with a probability of `sure` or more (above 1: none) keeps the value before it: V is
-    a mean over what the token could have been, so that |ΔV| ≤ 1 − π(token)."""
-    heads = [[t for t in range(len(r.response_ids)) if t == 0 or math.exp(r.sampler_logp[t - 1]) < sure]
-             for r in rollouts]  # fmt: skip
-    asked = {(*r.problem.prompt_ids, *r.response_ids[:t]): r.problem for r, at in zip(rollouts, heads) for t in at}
+
+    To save time, a token sampled with a probability of `sure` or more keeps the value before it: V is a mean over what
+    the token could have been, so |ΔV| ≤ 1 − π(token). What that leaves out falls to the next token that is not sure."""
+    asked_at = [[t for t in range(len(r.response_ids)) if t == 0 or math.exp(r.sampler_logp[t - 1]) < sure]
+                for r in rollouts]  # fmt: skip
+    asked = {(*r.problem.prompt_ids, *r.response_ids[:t]): r.problem for r, at in zip(rollouts, asked_at) for t in at}
     ordered, size, V = sorted(asked, key=lambda ids: (len(ids), ids)), max(1, cfg.rollout_rows // n), {}
     for i in fipo.progress(range(0, len(ordered), size), desc="values"):
         chunk = ordered[i : i + size]  # of like lengths
@@ -109,11 +111,11 @@ def values(sampler: fipo.HFSampler, rollouts: list[Rollout], n: int, cfg: fipo.C
             texts = [sampler.policy.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
             V[ids] = fmean(fipo.VERIFY[cfg.verifier](text, asked[ids].answer) for text in texts)
     found = []
-    for r, at in zip(rollouts, heads):
-        along: list[float] = []
+    for r, at in zip(rollouts, asked_at):
+        V_t: list[float] = []
         for t in range(len(r.response_ids)):
-            along.append(V[*r.problem.prompt_ids, *r.response_ids[:t]] if t in at else along[-1])
-        found.append(torch.tensor([*along, float(r.correct)]))
+            V_t.append(V[*r.problem.prompt_ids, *r.response_ids[:t]] if t in at else V_t[-1])
+        found.append(torch.tensor([*V_t, float(r.correct)]))
     return found
 
 
@@ -145,8 +147,7 @@ def record_truth(seed: int) -> None:
             rollouts = mini_batches[-2] + mini_batches[-1]
             kept = files[step], rollouts, {
                 "ids": [list(r.response_ids) for r in rollouts], "advantage": [r.advantage for r in rollouts],
-                "correct": [r.correct for r in rollouts], "old_logp": [r.old_logp for r in rollouts],
-                "entropy": score(sampler.policy, rollouts)[1],
+                "old_logp": [r.old_logp for r in rollouts], "entropy": score(sampler.policy, rollouts)[1],
                 "V": [values(sampler, rollouts, CONTINUATIONS, cfg, (seed, "value", again)) for again in (0, 1)],
             }  # fmt: skip
 
@@ -167,19 +168,30 @@ def auc(score: Tensor, positive: Tensor) -> float:
     return (sum(below) / 2 / len(others)).mean().item()  # NaN where one side is empty
 
 
+def auc_within(score: Tensor, positive: Tensor, stratum: Tensor) -> float:
+    """The same, but a positive is compared with others of its own stratum only. [N], [N] bool, [N]."""
+    wins = pairs = 0.0
+    for value in stratum[positive].unique():
+        here = stratum == value
+        n = positive[here].sum().item() * (~positive[here]).sum().item()
+        wins, pairs = wins + (n * auc(score[here], positive[here]) if n else 0.0), pairs + n
+    return wins / pairs if pairs else math.nan
+
+
 def scores(delta: Tensor, advantage: float, tau: float = 32.0) -> dict[str, Tensor]:
     """What a loss can know of each token of a response from its Δlog p, [T] each."""
     one = torch.ones(1, len(delta), dtype=torch.bool)
     weigh = partial(fipo.influence_weight, delta[None], advantage * one, one, tau=tau)
-    F, f = weigh()
-    both_ways = weigh(weight_range=RANGES["[0.8, 1.2]"])[1].log().abs()
-    past = fipo.future_kl(delta.flip(0)[None], one, tau).flip(1)
-    return {"Δ": delta, "|Δ|": delta.abs(), "F": F[0], "|F|": F[0].abs(), "f": f[0], "|log f|": both_ways[0],
-            "|past|": past[0].abs()}  # fmt: skip
+    F, f = (x[0] for x in weigh())
+    wide = weigh(weight_range=RANGES["[0.8, 1.2]"])[1][0]
+    past = fipo.future_kl(delta.flip(0)[None], one, tau)[0].flip(0)
+    return {"Δ": delta, "|Δ|": delta.abs(), "F": F, "|F|": F.abs(), "|F − Δ|": (F - delta).abs(), "f": f,
+            "|log f|": wide.log().abs(), "|past − Δ|": (past - delta).abs()}  # fmt: skip
 
 
-FINDERS = {"|Δ|": "|Δlog p|", "|F|": "|F|", "F": "F", "f": "f in [1, 1.2]", "|log f|": "|log f|, f in [0.8, 1.2]",
-           "|past|": "|the past|", "entropy": "entropy", "−log π_old": "−log π_old", "left": "tokens left"}  # fmt: skip
+FINDERS = {"|Δ|": "|Δlog p|", "|F|": "|F|", "|F − Δ|": "|F| without Δ itself", "|past − Δ|": "|the past| without Δ",
+           "F": "F", "f": "f in [1, 1.2]", "|log f|": "|log f|, f in [0.8, 1.2]", "entropy": "entropy",
+           "−log π_old": "−log π_old", "left": "tokens left"}  # fmt: skip
 
 
 def read_truth(seed: int, step: int, when: str = "logp", tau: float = 32.0) -> dict[str, Tensor]:
@@ -190,53 +202,51 @@ def read_truth(seed: int, step: int, when: str = "logp", tau: float = 32.0) -> d
     for i, (first, second) in enumerate(zip(*rows["V"])):
         V, T, A = (first + second) / 2, len(rows["ids"][i]), rows["advantage"][i]
         is_key = [z_score(v[:-1], v[1:], m).abs() > KEY for v, m in ((V, 2 * n), (first, n), (second, n))]
-        ahead = torch.full((T,), 10**6)  # none follows
+        ahead, until = torch.zeros(T), NONE
         for t in reversed(range(T)):
-            ahead[t] = 0 if is_key[0][t] else ahead[t + 1] + 1 if t + 1 < T else 10**6
-        tokens.append(
-            scores(rows[when][i] - rows["old_logp"][i], A, tau)
-            | {
-                "entropy": rows["entropy"][i],
-                "−log π_old": -rows["old_logp"][i],
-                "left": torch.arange(T, 0, -1.0),
-                "A": torch.full((T,), A),
-                "ΔV": V.diff(),
-                "ΔV 1": first.diff(),
-                "ΔV 2": second.diff(),
-                "key": is_key[0],
-                "key 1": is_key[1],
-                "key 2": is_key[2],
-                "ahead": ahead,
-                "false": z_score(first[:-1], second[:-1], n).abs() > KEY,
-            }
-        )  # the same prefix twice: what differs is noise
+            until = 0 if is_key[0][t] else until + 1
+            ahead[t] = until
+        known = {"A": torch.full((T,), A), "entropy": rows["entropy"][i], "−log π_old": -rows["old_logp"][i],
+                 "left": torch.arange(T, 0, -1.0)}  # fmt: skip
+        same = z_score(first[:-1], second[:-1], n).abs() > KEY  # one prefix twice: what differs is noise
+        truth = {"ΔV": V.diff(), "ΔV 1": first.diff(), "ΔV 2": second.diff(), "key": is_key[0], "key 1": is_key[1],
+                 "key 2": is_key[2], "ahead": ahead, "false": same}  # fmt: skip
+        tokens.append(scores(rows[when][i] - rows["old_logp"][i], A, tau) | known | truth)
     return {name: torch.cat([each[name] for each in tokens]) for name in tokens[0]}
 
 
 def find_at(seed: int, step: int) -> dict[str, float]:
-    """Part 2 for one seed and step: a flat table of numbers."""
+    """Part 2 for one seed and step: a flat table of numbers. NaN where there is nothing to tell."""
     t = read_truth(seed, step)
-    key, bad = t["key"], t["ΔV"] < 0
-    share = {"key tokens, share": key, "false alarms, share": t["false"]}
-    mean = {"key tokens that the other half finds, too": t["key 2"][t["key 1"]], "key tokens that are bad": bad[key],
+    key, bad, dV = t["key"], t["ΔV"] < 0, t["ΔV"]
+    mean = {"key tokens, share": key, "false alarms, share": t["false"], "key tokens that are bad": bad[key],
+            "key tokens that the other half finds, too": t["key 2"][t["key 1"]],
             "f at good key tokens": t["f"][key & ~bad], "f at bad key tokens": t["f"][key & bad],
-            "f elsewhere": t["f"][~key]}  # fmt: skip
-    found = {name: x.float().mean().item() for name, x in (share | mean).items()} | {
-        "tokens": len(key), "key tokens": key.sum().item(), "ΔV, rms": t["ΔV"].square().mean().sqrt().item(),
+            "f elsewhere": t["f"][~key], "tokens with A > 0": t["A"] > 0,
+            "of the half with the largest F": t["A"][t["F"] > t["F"].median()] > 0}  # fmt: skip
+    found = {name: x.float().mean().item() for name, x in mean.items()} | {
+        "tokens": len(key), "key tokens": key.sum().item(), "ΔV, rms": dV.square().mean().sqrt().item(),
         "noise of ΔV, rms": (t["ΔV 1"] - t["ΔV 2"]).square().mean().sqrt().item() / 2,
         "correlation of two halves": torch.corrcoef(torch.stack([t["ΔV 1"], t["ΔV 2"]]))[0, 1].item(),
-        "smallest jump of a key token": t["ΔV"][key].abs().min().item()}  # fmt: skip
+        "smallest jump of a key token": min(dV[key].abs().tolist(), default=math.nan)}  # fmt: skip
+    unsure = t["−log π_old"] > -math.log(0.9)  # others cannot be key by more than 0.1
+    found["unsure tokens, share"] = unsure.float().mean().item()
     for when, name in (("logp", "at the update"), ("after", "after the step")):
         t = read_truth(seed, step, when)
-        found |= {f"AUC, {name}, {which}": auc(t[which], key) for which in FINDERS}
+        for which in FINDERS:
+            found[f"AUC, {name}, {which}"] = auc(t[which], key)
+            found[f"AUC among unsure tokens, {name}, {which}"] = auc(t[which][unsure], key[unsure])
+            found[f"AUC of |ΔV| > 0.2, {name}, {which}"] = auc(t[which], dV.abs() > 0.2)
         found |= {f"good from bad, {name}, {which}": auc(t[which][key], ~bad[key]) for which in ("Δ", "F", "A")}
         for tau in TAUS:
             at = read_truth(seed, step, when, tau)
             found |= {f"AUC, {name}, {which}, τ = {tau}": auc(at[which], key) for which in ("|F|", "f")}
         for d in range(LEAD + 1):  # tokens d before a key token, against those with none here or among the next LEAD
-            there, far = t["ahead"] == d, t["ahead"] > LEAD
-            for which in ("|Δ|", "|F|", "f", "|past|", "left"):
-                found[f"{d} before, {name}, {which}"] = auc(t[which][there | far], there[there | far])
+            there = t["ahead"] == d
+            some = there | (t["ahead"] > LEAD)
+            for which in LEADERS:  # with as many tokens left: F sums over them
+                matched = auc_within(t[which][some], there[some], t["left"][some])
+                found[f"{d} before, {name}, {which}"] = matched
     return found
 
 
@@ -245,7 +255,8 @@ def cosine_bound(low: float, high: float) -> float:
     """Weights w in [low, high] on orthogonal token gradients g_t turn their sum by no more than this cosine.
 
     With p_t = |g_t|² / Σ|g|²: cos = E[w] / √E[w²], and (w − a)(b − w) ≥ 0 gives E[w²] ≤ (a + b) E[w] − ab. Then
-    cos² ≥ m² / ((a + b) m − ab) with m = E[w], smallest at m = 2ab / (a + b): cos ≥ 2√(ab) / (a + b) (Kantorovich)."""
+    cos² ≥ m² / ((a + b) m − ab) with m = E[w], smallest at m = 2ab / (a + b): cos ≥ 2√(ab) / (a + b) (Kantorovich).
+    Where token gradients cancel, their sum is small beside its parts, and weights may turn it by any angle."""
     return 2 * math.sqrt(low * high) / (low + high) if math.isfinite(high) else 0.0
 
 
@@ -267,9 +278,8 @@ def squared_gradients(policy: fipo.Policy, r: Rollout, cfg: fipo.Config) -> Tens
     input_ids, mask, old_logp, advantages = fipo.collate([r], policy.device)
     logp, _ = policy.logprobs(input_ids, mask)
     how = dict(weight_range=(1.0, 1.0), clip_low=cfg.clip_low, clip_high=cfg.clip_high, num_tokens=1)
-    by_logp = torch.autograd.grad(fipo.fipo_loss(logp, old_logp, advantages, mask, **how)[0], logp, retain_graph=True)[
-        0
-    ]
+    loss, _ = fipo.fipo_loss(logp, old_logp, advantages, mask, **how)
+    (by_logp,) = torch.autograd.grad(loss, logp, retain_graph=True)
     weights, squares = list(policy.model.parameters()), []
     for at in mask[0].nonzero()[:, 0].tolist():  # 0 where the ratio is clipped
         parts = torch.autograd.grad(logp[0, at] * by_logp[0, at], weights, retain_graph=True)
@@ -338,41 +348,51 @@ def record_gradients(seed: int, lr: float) -> None:
 # -------------------------------------------------------------------------------------- 4. – 6. Training with it
 SMALL = dict(group_size=8, prompts_per_batch=16, prompts_per_mini_batch=2, max_gen_rounds=100, lr=2e-4,
              rollout_rows=256)  # fmt: skip
-FEW, SURE = 16, 0.98  # the oracle's continuations of a prefix; and the tokens it takes to move the value by nothing
-SHARP = 3.0  # its f is clip(exp(SHARP · ±ΔV)): 2 for a jump of 0.23
+FEW, SURE = 32, 0.95  # the oracle's continuations of a prefix; and the tokens it takes to move the value by nothing
+JUMP = 0.2  # a move of the value by so much brings the oracle's f to its upper bound
 WIDE = dict(weight_range=[0.5, 2.0])
-MORE = dict(prompts_per_mini_batch=1, lr=1e-4)  # 32 updates a batch
-LONG = dict(pretrain_steps=3000)
-TEN, TUNING = range(10), range(100, 102)  # seeds of parts 4 and 5, and to choose by
+PLAIN, MORE = dict(lr=2e-4), dict(prompts_per_mini_batch=1, lr=1e-4)  # 8 updates a batch, and 32
+LONG = dict(lr=2e-4, pretrain_steps=3000)  # the longer horizon of scripts/bench_compare.py
+TUNING, ARM_SEEDS = range(100, 102), range(5)  # seeds to choose by; of parts 4 and 5
 
-# Part -> arm -> what is changed in fipo.py, settings, seeds
+# Part -> arm -> what it changes in fipo.py (see train_arm), settings, seeds
 ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
-    "tune": {f"dapo-{lr:g}": ("", SMALL | dict(algorithm="dapo", lr=lr), TUNING) for lr in (1e-4, 2e-4, 4e-4)},
+    "tune": {f"{kind}dapo-{lr:g}": ("", how | dict(algorithm="dapo", lr=lr), TUNING)
+             for kind, how, rates in (("", SMALL, (1e-4, 2e-4, 4e-4)), ("more-", MORE, (5e-5, 1e-4, 2e-4)))
+             for lr in rates},
     "matters": {
-        "dapo": ("", SMALL | dict(algorithm="dapo"), TEN),
-        "fipo": ("", SMALL, TEN),
-        "fipo-wide": ("", SMALL | WIDE, TEN),
-        "oracle": ("oracle", SMALL, TEN),
-        "oracle-wide": ("oracle", SMALL | WIDE, TEN),
-        "values": ("values", SMALL, TEN),
+        "dapo": ("", SMALL | dict(algorithm="dapo"), ARM_SEEDS),
+        "fipo": ("", SMALL, ARM_SEEDS),
+        "fipo-wide": ("", SMALL | WIDE, ARM_SEEDS),
+        "oracle": ("oracle", SMALL, ARM_SEEDS),
+        "oracle-wide": ("oracle", SMALL | WIDE, ARM_SEEDS),
+        "values": ("values", SMALL, ARM_SEEDS),
     },
-    "half": {name: (name, SMALL | dict(algorithm="dapo"), TEN) for name in ("largest", "random", "smallest")},
+    "half": {name: (name, SMALL | dict(algorithm="dapo"), ARM_SEEDS)
+             for name in ("largest", "random", "smallest", "own-largest", "own-smallest")},
+    "setting": {f"{kind}{name}": ("", how | change, TUNING)
+                for kind, how in {"": PLAIN, "more-": MORE, "long-": LONG, "long-more-": LONG | MORE}.items()
+                for name, change in {"dapo": dict(algorithm="dapo"), "wide": WIDE}.items()}
+               | {"more-fipo": ("", MORE, TUNING)},
 }  # fmt: skip
-for kind, how in {"": {"lr": 2e-4}, "more-": MORE, "long-": LONG | {"lr": 2e-4}, "long-more-": LONG | MORE}.items():
-    ARMS.setdefault("setting", {})[f"{kind}dapo"] = ("", how | dict(algorithm="dapo"), TUNING)
-    ARMS["setting"][f"{kind}wide"] = ("", how | WIDE, TUNING)
-ARMS["setting"]["more-fipo"] = ("", MORE, TUNING)
 
 
 def know_values(cfg: fipo.Config, weigh: Callable[[Rollout, Tensor], Tensor]) -> None:
-    """Let fipo.py train with the advantages weigh(response, ΔV), [T], of which ΔV is estimated at every step."""
-    score_old_logp, collate = fipo.score_old_logp, fipo.collate
+    """Let fipo.py train with the advantages weigh(response, ΔV), [T]. ΔV is estimated at every step, and now and then
+    once more: `oracle/correlation` in metrics.jsonl is that of both."""
+    score_old_logp, collate, calls = fipo.score_old_logp, fipo.collate, itertools.count()
 
     def value(policy: fipo.Policy, mini_batches: list[list[Rollout]]) -> dict[str, float]:
         rollouts = [r for mini_batch in mini_batches for r in mini_batch]
-        for r, V in zip(rollouts, values(fipo.HFSampler(policy), rollouts, FEW, cfg, (cfg.seed, "oracle"), SURE)):
-            r.advantages = weigh(r, V.diff())
-        return score_old_logp(policy, mini_batches)
+        estimate = partial(values, fipo.HFSampler(policy), rollouts, FEW, cfg, sure=SURE)
+        moves = [V.diff() for V in estimate((cfg.seed, "oracle"))]
+        for r, delta_V in zip(rollouts, moves):
+            r.advantages = weigh(r, delta_V)
+        metrics = score_old_logp(policy, mini_batches)
+        if next(calls) % 8 == 0:
+            both = torch.stack([torch.cat(moves), torch.cat([V.diff() for V in estimate((cfg.seed, "again"))])])
+            metrics["oracle/correlation"] = torch.corrcoef(both)[0, 1].item()
+        return metrics
 
     def with_advantages(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
         input_ids, mask, old_logp, _ = collate(rollouts, device)
@@ -385,22 +405,28 @@ def know_values(cfg: fipo.Config, weigh: Callable[[Rollout, Tensor], Tensor]) ->
 
 def oracle_weight(r: Rollout, delta_V: Tensor, bounds: tuple[float, float]) -> Tensor:
     """The oracle's f: large where a token moved the value the way the outcome went, small where against it."""
-    return (SHARP * delta_V * (1 if r.correct else -1)).exp().clamp(*bounds)
+    toward = delta_V if r.correct else -delta_V
+    return (bounds[1] ** (toward / JUMP)).clamp(*bounds)
 
 
 def learn_from_half(which: str, seed: int) -> None:
-    """Let fipo.py learn from half of the tokens of a mini-batch: with the largest F (so f before its bounds), the
-    smallest, or random ones; these also at a first update, where F is 0 but for rounding."""
+    """Let fipo.py learn from half of the tokens, each counting twice: those with the largest F (f before its bounds),
+    the smallest, or random ones; of a mini-batch (in one micro-batch), or with "own-" of each response. At a first
+    update F is 0 but for rounding, so there the half is random."""
     weigh = fipo.influence_weight
 
     def choose(delta_logp: Tensor, advantages: Tensor, mask: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-        F, f = weigh(delta_logp, advantages, mask, **how)
-        rank = {"largest": F, "smallest": -F}.get(which) if delta_logp.abs().max() > 1e-3 else None
-        if rank is None:
-            chance = fipo.derive_seed(seed, mask.sum().item(), delta_logp.sum().item())
-            rank = torch.rand(F.shape, generator=torch.Generator().manual_seed(chance))
-        first = rank.masked_fill(~mask, -math.inf).flatten().topk(int(mask.sum()) // 2).indices
-        return F, torch.zeros(F.numel()).index_fill(0, first, 1.0).view_as(F)
+        F, _ = weigh(delta_logp, advantages, mask, **how)
+        chance = fipo.derive_seed(seed, mask.sum().item(), delta_logp.sum().item())
+        rank = torch.rand(F.shape, generator=torch.Generator().manual_seed(chance))
+        if delta_logp.abs().max() > 1e-3 and which != "random":
+            rank = F if which.endswith("largest") else -F
+        order = rank.masked_fill(~mask, -math.inf)
+        place = order.argsort(1, descending=True).argsort(1)  # of a token among its response's, [B, L]
+        if not which.startswith("own"):
+            place = order.flatten().argsort(descending=True).argsort().view_as(F)
+        size = mask.sum(1, keepdim=True) if which.startswith("own") else mask.sum()
+        return F, 2.0 * (mask & (place < size // 2))
 
     fipo.influence_weight = choose
 
@@ -414,67 +440,98 @@ def train_arm(part: str, arm: str, seed: int) -> None:
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if "long" in arm:
             bench_compare.lengthen_the_task()
-        cfg = settings(**dict(how), seed=seed, eval_every=2, save_every=8, log_samples=0)
-        cfg = replace(cfg, out=str(out), resume=True)
+        cfg = settings(**how, seed=seed, eval_every=2, save_every=8, log_samples=0)
+        cfg, bounds = replace(cfg, out=str(out), resume=True), tuple(cfg.weight_range)
         if change == "oracle":
-            bounds = tuple(cfg.weight_range)
             know_values(cfg, lambda r, delta_V: r.advantage * oracle_weight(r, delta_V, bounds))
-            cfg = replace(cfg, weight_range=[1.0, 1.0])  # f is in the advantages already
-        elif change == "values":  # VinePPO's advantage: what the token did to the value
+        elif change == "values":  # VinePPO's advantage: what the token did to the value, without a penalty for length
             know_values(cfg, lambda r, delta_V: delta_V)
-            cfg = replace(cfg, weight_range=[1.0, 1.0])
         elif change:
             learn_from_half(change, seed)
-        with contextlib.suppress(fipo.NoSignal):  # all is right: nothing left to learn
-            fipo.train(cfg)
+        try:  # the oracle's f is in its advantages already
+            fipo.train(replace(cfg, weight_range=[1.0, 1.0]) if change else cfg)
+        except fipo.NoSignal:
+            if train_small.read_jsonl(out / "metrics.jsonl")[-1]["accuracy"] < 0.9:
+                raise  # else all is right, and nothing left to learn
     (out / "done").touch()
     shutil.rmtree(out / "checkpoints")
 
 
+def make_long_base() -> None:
+    bench_compare.lengthen_the_task()
+    settings(**LONG)
+
+
 def train_arms(part: str) -> None:
+    if any("long" in arm for arm in ARMS[part]):
+        side_by_side([make_long_base])  # in a process of its own, since it changes train_small.py
     jobs = [(seed, arm) for arm, (_, _, seeds) in ARMS[part].items() for seed in seeds]
     side_by_side([partial(train_arm, part, arm, seed) for seed, arm in sorted(jobs)])
 
 
 # --------------------------------------------------------------------------------------------- What came out
-Spread = tuple[float, float | None]  # mean over seeds, and half of its 95 % interval
+Spread = tuple[float, float | None, int]  # mean over seeds, half of its 95 % interval, number of seeds
+
+
+def spread_of(values: list[float]) -> Spread:
+    return *interval(values), len(values)
 
 
 def over_seeds(rows: list[dict[str, float]]) -> dict[str, Spread]:
-    known = {name: [row[name] for row in rows if math.isfinite(row.get(name, math.nan))] for name in rows[0]}
-    return {name: interval(values) for name, values in known.items() if values}
+    """Every number over the rows that have it: a seed without a good key token tells nothing about those."""
+    known = {name: [row[name] for row in rows if math.isfinite(row[name])] for name in rows[0]}
+    return {name: spread_of(values) for name, values in known.items() if values}
 
 
 def read_gradients(lr: float) -> list[dict[str, float]]:
     files = [RUNS / "gradients" / f"{lr:g}-{seed}.json" for seed in SEEDS]
-    return [row for file in files if file.exists() for row in json.loads(file.read_text())]
+    rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
+    fipo.require(rows, f"{RUNS}/gradients has no rows for lr {lr:g}: run `credit.py gradients` first.")
+    return rows
 
 
 def gradients_at(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The updates of one step and seed: means, and the smallest cosine, from the second update on."""
+    """The updates of one step and seed: means from the second update on, and what is told of the last one."""
     names = [f"{what}: {name}" for name in RANGES for what in ("cosine", "norm")]
     found = {name: fmean(row[name] for row in rows[1:]) for name in names}
-    found |= {f"least cosine: {name}": min(row[f"cosine: {name}"] for row in rows) for name in RANGES}
+    found |= {f"last cosine: {name}": rows[-1][f"cosine: {name}"] for name in RANGES}
     found["cosine: another mini-batch"] = fmean(row["cosine: another mini-batch"] for row in rows[:-1])
-    return found | {name: rows[-1][name] for name in rows[-1] if name not in rows[0]}  # what is told at the last only
+    return found | {name: rows[-1][name] for name in rows[-1] if name not in rows[0]}
+
+
+def against_the_bound(lr: float) -> dict[str, dict[str, float]]:
+    """The least cosine of all updates after a first one, and the share of them below the bound."""
+    rows = [row for row in read_gradients(lr) if row["update"] > 1]
+    found = {}
+    for name, bounds in RANGES.items():
+        bound, cosines = cosine_bound(*bounds), [row[f"cosine: {name}"] for row in rows]
+        below = fmean(x < bound for x in cosines)
+        found[f"lr {lr:g}, f in {name}"] = {"bound": bound, "least": min(cosines), "below": below, "n": len(cosines)}
+    return found
 
 
 def read_runs() -> list[dict[str, Any]]:
-    """Every run that is done: part, arm, seed; area under the accuracy curve, final accuracy and length; the curve."""
+    """Every run that is done: part, arm, seed; area under the accuracy curve, final accuracy and length; the curve.
+    A run that ended early, with nothing left to learn, stays where it was."""
     rows = []
     for part, arms in ARMS.items():
         for arm, (_, _, seeds) in arms.items():
             for seed in seeds:
                 folder = RUNS / part / f"{arm}-{seed}"
                 if (folder / "done").exists():
-                    seen = [x for x in train_small.read_jsonl(folder / "metrics.jsonl") if "eval/accuracy" in x]
-                    rows.append({"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen),
-                                 "steps": seen[-1]["step"], "curve": [x["eval/accuracy"] for x in seen]})  # fmt: skip
+                    lines = train_small.read_jsonl(folder / "metrics.jsonl")
+                    seen = [x for x in lines if "eval/accuracy" in x]
+                    steps = json.loads((folder / "config.json").read_text())["steps"]
+                    seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + 2, steps + 1, 2)]
+                    told = {name: fmean(x[name] for x in lines if name in x) if any(name in x for x in lines) else None
+                            for name in ("oracle/correlation", "influence/last")}  # fmt: skip
+                    rows.append({"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen), **told,
+                                 "curve": [x["eval/accuracy"] for x in seen]})  # fmt: skip
     return rows
 
 
-def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Part and arm -> means over seeds, and the difference to DAPO with the same settings, paired by seed."""
+def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
+    """Part and arm -> over seeds, and the difference to DAPO with the same settings, paired by seed."""
     by_arm: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in runs:
         by_arm.setdefault((row["part"], row["arm"]), {})[row["seed"]] = row
@@ -482,20 +539,24 @@ def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for (part, arm), mine in by_arm.items():
         kind = arm.removesuffix(arm.split("-")[-1]) if part in ("setting", "final") else ""
         dapo = by_arm.get(("matters" if part == "half" else part, f"{kind}dapo"), {})
-        result: dict[str, Any] = {"seeds": len(mine)}
+        result = {}
+        for key in ("area", "final", "length", "oracle/correlation", "influence/last"):
+            have = {seed: row[key] for seed, row in mine.items() if row[key] is not None}
+            if have:
+                result[key] = spread_of(list(have.values()))
         for key in ("area", "final", "length"):
-            result[key] = interval([row[key] for row in mine.values()])
-            both = [row[key] - dapo[seed][key] for seed, row in mine.items() if seed in dapo and row is not dapo[seed]]
+            both = [row[key] - dapo[seed][key] for seed, row in mine.items() if seed in dapo and mine is not dapo]
             if both:
-                result[f"{key} − DAPO"] = interval(both)
+                result[f"{key} − DAPO"] = spread_of(both)
         found[f"{part}: {arm}"] = result
     return found
 
 
-def told(spread: Spread | int | None) -> str:
-    if spread is None or isinstance(spread, int):
-        return "" if spread is None else str(spread)
-    return f"{spread[0]:.3f}" + ("" if spread[1] is None else f" ± {spread[1]:.3f}")
+def told(value: Any) -> str:
+    if isinstance(value, tuple):
+        mean, half, n = value
+        return f"{mean:.4g}" + ("" if half is None else f" ± {half:.2g}") + f" ({n})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value or "")
 
 
 def table(what: str, columns: dict[Any, dict[str, Any]]) -> None:
@@ -509,27 +570,32 @@ def find() -> dict[int, dict[str, Spread]]:
     found = {}
     for step in STEPS:
         seeds = [seed for seed in SEEDS if (RUNS / "truth" / f"{seed}-{step}.pt").exists()]
+        fipo.require(seeds, f"{RUNS}/truth has no file of step {step}: run `credit.py truth` first.")
         found[step] = over_seeds([find_at(seed, step) for seed in fipo.progress(seeds, desc=f"step {step}")])
     table("step", found)
     return found
 
 
 def report() -> None:
-    results: dict[str, Any] = {"truth": find(), "gradients": {}}
+    results: dict[str, Any] = {"truth": find(), "gradients": {}, "bounds": {}}
     for lr in RATES:
-        rows = read_gradients(lr)
-        for step in STEPS if rows else ():
-            of_seeds = [[r for r in rows if (r["seed"], r["step"]) == (seed, step)] for seed in SEEDS]
-            results["gradients"][f"lr {lr:g}, step {step}"] = over_seeds([gradients_at(x) for x in of_seeds if x])
-    table("gradients", results["gradients"])
+        by_step, rows = {}, read_gradients(lr)
+        for step in STEPS:
+            of_seeds = [[x for x in rows if (x["seed"], x["step"]) == (seed, step)] for seed in SEEDS]
+            by_step[step] = [gradients_at(of_seed) for of_seed in of_seeds if of_seed]
+            results["gradients"][f"lr {lr:g}, step {step}"] = over_seeds(by_step[step])
+        over_steps = [{name: fmean(row[name] for row in of_seed) for name in of_seed[0]}
+                      for of_seed in zip(*by_step.values())]  # fmt: skip
+        results["gradients"][f"lr {lr:g}"] = over_seeds(over_steps)
+        results["bounds"] |= against_the_bound(lr)
     runs = read_runs()
     results["runs"] = against_dapo(runs)
-    table("runs", results["runs"])
+    for name in ("gradients", "bounds", "runs"):
+        table(name, results[name])
     out = ROOT / "assets" / "results"
     write_json(out / "credit.json", results)
-    if runs:
-        rows = [row | {"curve": " ".join(f"{x:.4f}" for x in row["curve"])} for row in runs]
-        datasets.Dataset.from_list(rows).to_csv(out / "credit_runs.csv")
+    rows = [row | {"curve": " ".join(f"{x:.4f}" for x in row["curve"])} for row in runs]
+    datasets.Dataset.from_list(rows).to_csv(out / "credit_runs.csv")
     draw(results, runs, ROOT / "assets" / "credit.png")
 
 
@@ -543,16 +609,16 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> Non
     for j, (step, found) in enumerate(truth):
         spread = [found[f"AUC, at the update, {which}"] for which in FINDERS]
         where = [i + (j - 1.5) * 0.17 for i in range(len(FINDERS))]
-        width = [half or 0 for _, half in spread]
-        finds.errorbar([m for m, _ in spread], where, xerr=width, fmt="o", ms=4, label=f"step {step}")
+        width = [half or 0 for _, half, _ in spread]
+        finds.errorbar([m for m, *_ in spread], where, xerr=width, fmt="o", ms=4, label=f"step {step}")
     finds.set(title="Who finds the tokens that decide?", xlabel="AUC: 0.5 is guessing, 1 finds them all",
               yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.2, 1.02))  # fmt: skip
     finds.axvline(0.5, color="grey", lw=1)
     finds.invert_yaxis()
-    for which in ("|Δ|", "|F|", "f", "|past|", "left"):
+    for which in LEADERS:
         names = [f"{d} before, at the update, {which}" for d in range(LEAD + 1)]
         at = [fmean(found[name][0] for _, found in truth if name in found) for name in names]
-        leads.plot(range(LEAD + 1), at, marker=".", label=FINDERS[which], ls=":" if which == "left" else "-")
+        leads.plot(range(LEAD + 1), at, marker=".", label=FINDERS[which])
     leads.set(title="And what leads to them?", xlabel="tokens before the next one that decides",
               ylabel="AUC, mean of four steps", ylim=(0.2, 1.02))  # fmt: skip
     leads.axhline(0.5, color="grey", lw=1)
@@ -561,23 +627,23 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> Non
         for row in read_gradients(RATES[-1]):
             if f"cosine: {name}" in row:
                 at.setdefault(row["update"], []).append(math.degrees(math.acos(min(1.0, row[f"cosine: {name}"]))))
-        label = f"FIPO, {'f in ' * name.startswith('[')}{name}" if bounds else "DAPO on another mini-batch"
+        label = f"FIPO, {name}" if bounds else "DAPO on another mini-batch"
         (line,) = turns.plot(list(at), [fmean(x) for x in at.values()], marker=".", label=label)
         turns.fill_between(list(at), *zip(*((min(x), max(x)) for x in at.values())), alpha=0.15, lw=0)
         if bounds and math.isfinite(bounds[1]):
             turns.axhline(math.degrees(math.acos(cosine_bound(*bounds))), color=line.get_color(), ls="--", lw=1)
     turns.set(title="How far is it to DAPO's gradient?", xlabel="update on one batch of rollouts",
-              ylabel="degrees (dashed: the bound)", ylim=(0, None))  # fmt: skip
+              ylabel="degrees (dashed: the bound)", ylim=(0, 160))  # fmt: skip
     for arm, label in LABELS.items():
         curves = [row["curve"] for row in runs if (row["part"], row["arm"]) == ("matters", arm)]
-        spread = [interval(list(at)) for at in zip(*curves)]
-        (line,) = matters.plot([2 * i for i in range(len(spread))], [m for m, _ in spread], label=label)
+        spread = [interval(list(at)) for at in zip(*curves)]  # every second step is evaluated
+        (line,) = matters.plot(range(0, 2 * len(spread), 2), [m for m, _ in spread], label=f"{label} ({len(curves)})")
         low, high = ([m + sign * (half or 0) for m, half in spread] for sign in (-1, 1))
         matters.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.15, lw=0)
     matters.set(title="Does it matter?", xlabel="step", ylabel="held-out accuracy", ylim=(0.25, 1))
     for axes in (finds, leads, turns, matters):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc={finds: "upper left", matters: "lower right"}.get(axes, "upper right"))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -594,8 +660,11 @@ def side_by_side(jobs: list[Callable[[], None]]) -> None:
     settings()  # what all of them read
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
-        for done in fipo.progress([pool.submit(job) for job in jobs], desc="runs"):
-            done.result()
+        try:
+            for done in fipo.progress([pool.submit(job) for job in jobs], desc="runs"):
+                done.result()
+        finally:  # after Ctrl-C or a mistake, nothing new is begun
+            pool.shutdown(cancel_futures=True)
 
 
 def main(argv: list[str]) -> None:

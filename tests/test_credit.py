@@ -63,8 +63,35 @@ def test_changes_of_value_add_up_to_the_outcome_minus_the_prompts_value(embedded
     assert all(len(found) == 1 for found in by_prompt.values()), "a prompt has one value"
     assert len({value for found in by_prompt.values() for value in found}) > 1
     again = credit.values(sampler, rollouts[::-1], 8, cfg, "test")[::-1]
-    assert all(torch.equal(a, b) for a, b in zip(V, again)), "a value does not depend on what is asked beside it"
+    assert all(torch.equal(a, b) for a, b in zip(V, again)), "the same question, the same answer"
     assert not all(torch.equal(a, b) for a, b in zip(V, credit.values(sampler, rollouts, 8, cfg, "another")))
+
+
+class Foreseen:
+    """A sampler under which a response is right if and only if its `place`-th token is the one of `rollout`."""
+
+    def __init__(self, sampler, rollout, place):
+        self.policy, self.start = sampler.policy, len(rollout.problem.prompt_ids)
+        self.place, self.token = place, rollout.response_ids[place]
+        self.answers = {right: self.policy.tokenizer(f"0\nAnswer: {answer}")["input_ids"]
+                        for right, answer in ((True, rollout.problem.answer), (False, "none"))}  # fmt: skip
+
+    def generate(self, problems, seeds, n, max_tokens, temperature, top_p):
+        groups = []
+        for problem in problems:
+            sure = problem.prompt_ids[self.start :][self.place : self.place + 1] == [self.token]
+            groups.append([fipo.Rollout(problem, self.answers[sure]) for _ in range(n)])
+        return groups
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_the_token_that_decides_has_the_whole_change(embedded, place):
+    """By hand: the value is 0 before the token that makes a response right, and 1 behind it."""
+    cfg = embedded()
+    sampler, rollouts = first_batch(cfg)
+    r = next(r for r in rollouts if r.correct and place + 1 < len(r.response_ids) < 16)  # room for the stub's answer
+    (V,) = credit.values(Foreseen(sampler, r, place), [r], 3, cfg, "test")
+    assert V.diff().nonzero().flatten().tolist() == [place] and V.diff()[place] == 1
 
 
 def test_the_prompts_value_is_the_accuracy_of_responses_to_it(embedded):
@@ -74,7 +101,9 @@ def test_the_prompts_value_is_the_accuracy_of_responses_to_it(embedded):
     values = [v[0].item() for v in credit.values(sampler, some, 256, cfg, "test")]
     groups = fipo.sample(sampler, [r.problem for r in some], ("accuracy",), cfg, 256, 1.0, 1.0)
     for value, group in zip(values, groups):
-        assert value == pytest.approx(fmean(r.correct for r in group), abs=0.15)  # 4 standard errors
+        assert value == pytest.approx(
+            fmean(r.correct for r in group), abs=0.15
+        )  # more than 3 standard errors of the difference
 
 
 def test_a_value_takes_no_more_tokens_than_the_response_may_have(embedded):
@@ -129,11 +158,20 @@ def test_auc_by_hand():
     assert math.isnan(credit.auc(score, torch.zeros(5, dtype=torch.bool)))
 
 
+def test_auc_within_strata_compares_like_with_like():
+    stratum = torch.tensor([0, 0, 0, 1, 1, 2])
+    score, positive = torch.tensor([1.0, 0, 0, 9, 8, 0]), torch.tensor([True, False, False, False, True, True])
+    assert credit.auc_within(score, positive, stratum) == pytest.approx(2 / 3)  # 1 beats two, 8 loses to 9, 0 is alone
+    assert credit.auc_within(score, positive, torch.zeros(6)) == pytest.approx(credit.auc(score, positive))
+    assert math.isnan(credit.auc_within(score, positive, torch.arange(6)))
+
+
 def test_scores_are_those_of_the_loss_and_the_past_looks_back():
     delta = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.0])
     found = credit.scores(delta, 1.0, tau=1.0)
     assert found["F"].tolist() == pytest.approx([0.075, 0.15, 0.3, 0, 0])
-    assert found["|past|"].tolist() == pytest.approx([0, 0, 0.3, 0.15, 0.075])
+    assert found["|F − Δ|"].tolist() == pytest.approx([0.075, 0.15, 0, 0, 0])
+    assert found["|past − Δ|"].tolist() == pytest.approx([0, 0, 0, 0.15, 0.075])
     assert found["f"].tolist() == pytest.approx([math.exp(0.075), math.exp(0.15), 1.2, 1, 1])
     assert credit.scores(-delta, -1.0)["f"].tolist() == [1.0] * 5
     assert credit.scores(-delta, -1.0)["|log f|"][2] == pytest.approx(math.log(1 / 0.8))
@@ -218,7 +256,7 @@ def test_the_oracle_weighs_what_moved_the_value_the_way_the_outcome_went(embedde
     assert credit.oracle_weight(right, delta_V, (0.5, 2.0))[:3].tolist() == [2.0, 1.0, 0.5]
     assert credit.oracle_weight(wrong, delta_V, (0.5, 2.0))[:3].tolist() == [0.5, 1.0, 2.0]
     assert credit.oracle_weight(right, delta_V, (1.0, 1.2))[:3].tolist() == pytest.approx([1.2, 1.0, 1.0])
-    assert 1 < credit.oracle_weight(right, delta_V, (1.0, 1.2))[3] < 1.2
+    assert credit.oracle_weight(right, delta_V, (1.0, 1.2))[3] == pytest.approx(1.2 ** (0.01 / credit.JUMP))
 
 
 def test_advantages_of_tokens_reach_the_loss(embedded, as_it_was):
@@ -239,24 +277,29 @@ def test_advantages_of_tokens_reach_the_loss(embedded, as_it_was):
     assert torch.equal(ends[0], whole) and not torch.equal(ends[1], whole)
 
 
-@pytest.mark.parametrize("which", ["largest", "smallest", "random"])
+@pytest.mark.parametrize("which", ["largest", "smallest", "random", "own-largest", "own-smallest"])
 def test_half_of_the_tokens_are_learnt_from(which, as_it_was):
     delta = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * 0.1
-    mask, A = torch.arange(10) < torch.tensor([[10], [7], [3]]), torch.ones(3, 10)
+    mask, A = torch.arange(10) < torch.tensor([[10], [6], [4]]), torch.tensor([[1.0], [-1.0], [1.0]]).expand(3, 10)
     plain, _ = fipo.influence_weight(delta, A, mask)
     credit.learn_from_half(which, seed=0)
     F, f = fipo.influence_weight(delta, A, mask)
-    assert torch.equal(F, plain) and not f[~mask].any() and set(f.unique().tolist()) == {0.0, 1.0}
-    assert f.sum() == 10  # of 20
-    chosen, left = F[f > 0], F[mask & (f == 0)]
-    assert {"largest": chosen.min() > left.max(), "smallest": chosen.max() < left.min()}.get(which, True)
+    assert torch.equal(F, plain) and not f[~mask].any() and set(f.unique().tolist()) == {0.0, 2.0}
+    assert (f > 0).sum() == 10  # of 20
+    if which.startswith("own"):
+        assert (f > 0).sum(1).tolist() == [5, 3, 2]
+    for chosen, row, counts in zip(f > 0, F, mask) if which.startswith("own") else [(f > 0, F, mask)]:
+        if which != "random":
+            first, last = (row[chosen], row[counts & ~chosen])[:: 1 if which.endswith("largest") else -1]
+            assert first.min() > last.max()
     _, first = fipo.influence_weight(delta * 1e-7, A, mask)  # before any update F is nothing but rounding
-    assert first.sum() == 10 and first.sum(1).tolist() != [10, 0, 0] and not torch.equal(first, f)
+    assert (first > 0).sum() == 10 and not torch.equal(first, f)
 
 
 def test_every_arm_trains_and_is_not_repeated(embedded, as_it_was, monkeypatch):
     before = {name: getattr(fipo, name) for name in ("score_old_logp", "collate", "influence_weight")}
     curves = {}
+    monkeypatch.setattr(credit, "FEW", 2)
     few = dict(group_size=8, prompts_per_batch=4, prompts_per_mini_batch=2, steps=1)
     for part, arm in (("matters", "dapo"), ("matters", "oracle-wide"), ("matters", "values"), ("half", "largest")):
         change, how, seeds = credit.ARMS[part][arm]
@@ -304,10 +347,35 @@ def test_parts_1_to_3_and_the_report(embedded, monkeypatch, tmp_path, capsys):
     assert all(0 <= at[f"AUC, {when}, |F|"][0] <= 1 for when in ("at the update", "after the step"))
     assert at["AUC, at the update, |F|"] == at["AUC, at the update, |F|, τ = 32"]
     gradients = results["gradients"]["lr 0.0003, step 2"]
-    assert gradients["least cosine: [0.8, 1.2]"][0] < 1 - 1e-6 < gradients["cosine: [1, 1.2]"][0] + 0.1
+    bounds = results["bounds"]["lr 0.0003, f in [0.8, 1.2]"]
+    assert bounds["least"] < 1 - 1e-6 and bounds["bound"] == pytest.approx(0.9798, abs=5e-5)
+    assert bounds["least"] <= gradients["cosine: [0.8, 1.2]"][0] and bounds["n"] == 2 * 2 * 3
     assert gradients["|Σg|² / Σ|g|²"][0] > 0 and gradients["cosine: another mini-batch"][0] < 0.99
     assert (tmp_path / "assets" / "credit.png").stat().st_size > 10_000
     assert "AUC, at the update, |F|" in capsys.readouterr().out
+
+
+def test_a_part_that_lacks_another_says_so(embedded):
+    for part in (credit.find, lambda: credit.read_gradients(3e-4)):
+        with pytest.raises(fipo.FipoError, match="run `credit.py (truth|gradients)` first"):
+            part()
+
+
+def test_seeds_that_have_nothing_to_tell_are_left_out_and_counted():
+    found = credit.over_seeds([{"x": 1.0, "y": math.nan}, {"x": 3.0, "y": 2.0}, {"x": math.nan, "y": math.nan}])
+    assert found["x"][::2] == (2.0, 2) and found["y"] == (2.0, None, 1)
+
+
+def test_arms_are_compared_with_dapo_of_their_own_setting():
+    """On the same seeds."""
+    base = {"final": 0.5, "length": 1.0, "oracle/correlation": None, "influence/last": None}
+    areas = {("setting", "dapo", 0): 0.1, ("setting", "dapo", 1): 0.2, ("setting", "wide", 1): 0.5,
+             ("setting", "more-dapo", 1): 0.3, ("setting", "more-wide", 1): 0.7,
+             ("matters", "dapo", 1): 0.0, ("half", "largest", 1): 0.9}  # fmt: skip
+    runs = [base | dict(zip(("part", "arm", "seed"), which), area=area) for which, area in areas.items()]
+    found = credit.against_dapo(runs)
+    assert {name: row["area − DAPO"][0] for name, row in found.items() if "area − DAPO" in row} == pytest.approx(
+        {"setting: wide": 0.3, "setting: more-wide": 0.4, "half: largest": 0.9})  # fmt: skip
 
 
 def test_the_command_has_its_help(capsys):
