@@ -351,14 +351,14 @@ SMALL = dict(group_size=8, prompts_per_batch=16, prompts_per_mini_batch=2, max_g
 FEW, SURE = 32, 0.95  # the oracle's continuations of a prefix; and the tokens it takes to move the value by nothing
 JUMP = 0.2  # a move of the value by so much brings the oracle's f to its upper bound
 WIDE = dict(weight_range=[0.5, 2.0])
-PLAIN, MORE = dict(lr=2e-4), dict(prompts_per_mini_batch=1, lr=1e-4)  # 8 updates a batch, and 32
+PLAIN, MORE = dict(lr=2e-4), dict(prompts_per_mini_batch=1, lr=5e-5)  # 8 updates a batch, and 32
 LONG = dict(lr=2e-4, pretrain_steps=3000)  # the longer horizon of scripts/bench_compare.py
 TUNING, ARM_SEEDS = range(100, 102), range(5)  # seeds to choose by; of parts 4 and 5
 
 # Part -> arm -> what it changes in fipo.py (see train_arm), settings, seeds
 ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
     "tune": {f"{kind}dapo-{lr:g}": ("", how | dict(algorithm="dapo", lr=lr), TUNING)
-             for kind, how, rates in (("", SMALL, (1e-4, 2e-4, 4e-4)), ("more-", MORE, (5e-5, 1e-4, 2e-4)))
+             for kind, how, rates in (("", SMALL, (1e-4, 2e-4, 4e-4)), ("more-", MORE, (2.5e-5, 5e-5, 1e-4, 2e-4)))
              for lr in rates},
     "matters": {
         "dapo": ("", SMALL | dict(algorithm="dapo"), ARM_SEEDS),
