@@ -353,7 +353,7 @@ JUMP = 0.2  # a move of the value by so much brings the oracle's f to its upper 
 WIDE = dict(weight_range=[0.5, 2.0])
 PLAIN, MORE = dict(lr=2e-4), dict(prompts_per_mini_batch=1, lr=5e-5)  # 8 updates a batch, and 32
 LONG = dict(lr=2e-4, pretrain_steps=3000)  # the longer horizon of scripts/bench_compare.py
-TUNING, ARM_SEEDS = range(100, 102), range(5)  # seeds to choose by; of parts 4 and 5
+TUNING, ARM_SEEDS = range(100, 102), range(10)  # seeds to choose by; of parts 4 and 5
 
 # Part -> arm -> what it changes in fipo.py (see train_arm), settings, seeds
 ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
@@ -596,15 +596,20 @@ def report() -> None:
     write_json(out / "credit.json", results)
     rows = [row | {"curve": " ".join(f"{x:.4f}" for x in row["curve"])} for row in runs]
     datasets.Dataset.from_list(rows).to_csv(out / "credit_runs.csv")
-    draw(results, runs, ROOT / "assets" / "credit.png")
+    draw(results, ROOT / "assets" / "credit.png")
 
 
-LABELS = {"dapo": "DAPO", "fipo": "FIPO, f in [1, 1.2]", "fipo-wide": "FIPO, f in [0.5, 2]",
-          "oracle": "oracle, [1, 1.2]", "oracle-wide": "oracle, [0.5, 2]", "values": "ΔV as the advantage"}  # fmt: skip
+ARM_LABELS = {
+    "matters: fipo": "FIPO, f in [1, 1.2]", "matters: fipo-wide": "FIPO, f in [0.5, 2]",
+    "matters: oracle": "oracle, f in [1, 1.2]", "matters: oracle-wide": "oracle, f in [0.5, 2]",
+    "matters: values": "ΔV as the advantage", "half: largest": "half: largest F", "half: random": "half: random",
+    "half: smallest": "half: smallest F", "half: own-largest": "half of each: largest F",
+    "half: own-smallest": "half of each: smallest F",
+}  # fmt: skip
 
 
-def draw(results: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> None:
-    figure, ((finds, leads), (turns, matters)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+def draw(results: dict[str, Any], path: Path) -> None:
+    figure, ((finds, leads), (matters, turns)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
     truth = results["truth"].items()
     for j, (step, found) in enumerate(truth):
         spread = [found[f"AUC, at the update, {which}"] for which in FINDERS]
@@ -615,7 +620,7 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> Non
               yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.2, 1.02))  # fmt: skip
     finds.axvline(0.5, color="grey", lw=1)
     finds.invert_yaxis()
-    for which in LEADERS:
+    for which in ("|Δ|", "|F − Δ|", "|past − Δ|", "f"):
         names = [f"{d} before, at the update, {which}" for d in range(LEAD + 1)]
         at = [fmean(found[name][0] for _, found in truth if name in found) for name in names]
         leads.plot(range(LEAD + 1), at, marker=".", label=FINDERS[which])
@@ -633,17 +638,19 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> Non
         if bounds and math.isfinite(bounds[1]):
             turns.axhline(math.degrees(math.acos(cosine_bound(*bounds))), color=line.get_color(), ls="--", lw=1)
     turns.set(title="How far is it to DAPO's gradient?", xlabel="update on one batch of rollouts",
-              ylabel="degrees (dashed: the bound)", ylim=(0, 160))  # fmt: skip
-    for arm, label in LABELS.items():
-        curves = [row["curve"] for row in runs if (row["part"], row["arm"]) == ("matters", arm)]
-        spread = [interval(list(at)) for at in zip(*curves)]  # every second step is evaluated
-        (line,) = matters.plot(range(0, 2 * len(spread), 2), [m for m, _ in spread], label=f"{label} ({len(curves)})")
-        low, high = ([m + sign * (half or 0) for m, half in spread] for sign in (-1, 1))
-        matters.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.15, lw=0)
-    matters.set(title="Does it matter?", xlabel="step", ylabel="held-out accuracy", ylim=(0.25, 1))
+              ylabel="degrees (dashed: the bound)", ylim=(0, 150))  # fmt: skip
+    gains = {label: results["runs"][arm]["area − DAPO"] for arm, label in ARM_LABELS.items() if arm in results["runs"]}
+    for i, (mean, half, _) in enumerate(gains.values()):
+        matters.errorbar(100 * mean, i, xerr=100 * (half or 0), fmt="o", color=f"C{i // 5}", ms=5)
+    seeds = "/".join(map(str, sorted({n for _, _, n in gains.values()})))
+    matters.set(title="Does it matter?", xlabel=f"area under held-out accuracy − DAPO's, points ({seeds} seeds)",
+                yticks=range(len(gains)), yticklabels=gains)  # fmt: skip
+    matters.axvline(0, color="grey", lw=1)
+    matters.invert_yaxis()
     for axes in (finds, leads, turns, matters):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc={finds: "upper left", matters: "lower right"}.get(axes, "upper right"))
+    for axes, where in ((finds, "upper left"), (leads, "upper right"), (turns, "upper right")):
+        axes.legend(fontsize="small", loc=where)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
