@@ -10,6 +10,7 @@ python scripts/credit.py tune        #    DAPO's learning rates for parts 4 to 6
 python scripts/credit.py matters     # 4  training with f, and with an oracle that estimates the values
 python scripts/credit.py half        # 5  training on half of the tokens: with the largest f, the smallest, random ones
 python scripts/credit.py setting     # 6  settings in which f has more to say: a choice on seeds of its own
+python scripts/credit.py final       #    … and the one chosen, on five others
 python scripts/credit.py report      # assets/results/credit.json and credit_runs.csv, assets/credit.png
 
 A part does what is not done yet, in runs/credit, two processes at a time, a thread each; started again, it goes on.
@@ -375,6 +376,8 @@ ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
                 for name, change in {"dapo": dict(algorithm="dapo"), "wide": WIDE}.items()}
                | {"more-fipo": ("", MORE, TUNING)},
 }  # fmt: skip
+CHOSEN = "long-more-wide"  # where FIPO's area was furthest above DAPO's in `setting`, on the seeds to choose by
+ARMS["final"] = {arm: (*ARMS["setting"][arm][:2], SEEDS) for arm in (CHOSEN, CHOSEN.replace("wide", "dapo"))}
 
 
 def know_values(cfg: fipo.Config, weigh: Callable[[Rollout, Tensor], Tensor]) -> None:
@@ -604,7 +607,7 @@ ARM_LABELS = {
     "matters: oracle": "oracle, f in [1, 1.2]", "matters: oracle-wide": "oracle, f in [0.5, 2]",
     "matters: values": "ΔV as the advantage", "half: largest": "half: largest F", "half: random": "half: random",
     "half: smallest": "half: smallest F", "half: own-largest": "half of each: largest F",
-    "half: own-smallest": "half of each: smallest F",
+    "half: own-smallest": "half of each: smallest F", f"final: {CHOSEN}": "FIPO, the setting chosen",
 }  # fmt: skip
 
 
