@@ -246,8 +246,7 @@ def find_at(seed: int, step: int) -> dict[str, float]:
             there = t["ahead"] == d
             some = there | (t["ahead"] > LEAD)
             for which in LEADERS:  # with as many tokens left: F sums over them
-                matched = auc_within(t[which][some], there[some], t["left"][some])
-                found[f"{d} before, {name}, {which}"] = matched
+                found[f"{d} before, {name}, {which}"] = auc_within(t[which][some], there[some], t["left"][some])
     return found
 
 
@@ -526,9 +525,10 @@ def read_runs() -> list[dict[str, Any]]:
                     seen = [x for x in lines if "eval/accuracy" in x]
                     steps = json.loads((folder / "config.json").read_text())["steps"]
                     seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + 2, steps + 1, 2)]
-                    told = {name: fmean(x[name] for x in lines if name in x) if any(name in x for x in lines) else None
-                            for name in ("oracle/correlation", "influence/last")}  # fmt: skip
-                    rows.append({"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen), **told,
+                    logged = {name: [x[name] for x in lines if name in x]
+                              for name in ("oracle/correlation", "influence/last")}  # fmt: skip
+                    means = {name: fmean(values) if values else None for name, values in logged.items()}
+                    rows.append({"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen), **means,
                                  "curve": [x["eval/accuracy"] for x in seen]})  # fmt: skip
     return rows
 
