@@ -232,6 +232,8 @@ def find_at(seed: int, step: int) -> dict[str, float]:
         "smallest jump of a key token": min(dV[key].abs().tolist(), default=math.nan)}  # fmt: skip
     unsure = t["−log π_old"] > -math.log(0.9)  # others cannot be key by more than 0.1
     found["unsure tokens, share"] = unsure.float().mean().item()
+    lead = (t["ahead"] > 0) & (t["ahead"] <= LEAD // 2)
+    found["sure ones of the 8 before a key token"] = (~unsure[lead]).float().mean().item()
     for when, name in (("logp", "at the update"), ("after", "after the step")):
         t = read_truth(seed, step, when)
         for which in FINDERS:
@@ -354,6 +356,7 @@ WIDE = dict(weight_range=[0.5, 2.0])
 PLAIN, MORE = dict(lr=2e-4), dict(prompts_per_mini_batch=1, lr=5e-5)  # 8 updates a batch, and 32
 LONG = dict(lr=2e-4, pretrain_steps=3000)  # the longer horizon of scripts/bench_compare.py
 TUNING, ARM_SEEDS = range(100, 102), range(10)  # seeds to choose by; of parts 4 and 5
+EVERY = 2  # steps between two evaluations
 
 # Part -> arm -> what it changes in fipo.py (see train_arm), settings, seeds
 ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
@@ -442,7 +445,7 @@ def train_arm(part: str, arm: str, seed: int) -> None:
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if "long" in arm:
             bench_compare.lengthen_the_task()
-        cfg = settings(**how, seed=seed, eval_every=2, save_every=8, log_samples=0)
+        cfg = settings(**how, seed=seed, eval_every=EVERY, save_every=8, log_samples=0)
         cfg, bounds = replace(cfg, out=str(out), resume=True), tuple(cfg.weight_range)
         if change == "oracle":
             know_values(cfg, lambda r, delta_V: r.advantage * oracle_weight(r, delta_V, bounds))
@@ -524,7 +527,7 @@ def read_runs() -> list[dict[str, Any]]:
                     lines = train_small.read_jsonl(folder / "metrics.jsonl")
                     seen = [x for x in lines if "eval/accuracy" in x]
                     steps = json.loads((folder / "config.json").read_text())["steps"]
-                    seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + 2, steps + 1, 2)]
+                    seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + EVERY, steps + 1, EVERY)]
                     logged = {name: [x[name] for x in lines if name in x]
                               for name in ("oracle/correlation", "influence/last")}  # fmt: skip
                     means = {name: fmean(values) if values else None for name, values in logged.items()}
@@ -534,7 +537,8 @@ def read_runs() -> list[dict[str, Any]]:
 
 
 def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
-    """Part and arm -> over seeds, and the difference to DAPO with the same settings, paired by seed."""
+    """Part and arm -> over seeds, and the difference to DAPO with the same settings, paired by seed; of an oracle also
+    that to FIPO with the same range of f, of a half that to a random one."""
     by_arm: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in runs:
         by_arm.setdefault((row["part"], row["arm"]), {})[row["seed"]] = row
@@ -547,10 +551,16 @@ def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
             have = {seed: row[key] for seed, row in mine.items() if row[key] is not None}
             if have:
                 result[key] = spread_of(list(have.values()))
-        for key in ("area", "final", "length"):
-            both = [row[key] - dapo[seed][key] for seed, row in mine.items() if seed in dapo and mine is not dapo]
-            if both:
-                result[f"{key} − DAPO"] = spread_of(both)
+        others = {"DAPO": dapo}
+        if "oracle" in arm:
+            others["FIPO"] = by_arm.get((part, arm.replace("oracle", "fipo")), {})
+        if part == "half":
+            others["random"] = by_arm.get((part, "random"), {})
+        for name, other in others.items():
+            for key in ("area", "final", "length"):
+                both = [row[key] - other[seed][key] for seed, row in mine.items() if seed in other]
+                if both and mine is not other:
+                    result[f"{key} − {name}"] = spread_of(both)
         found[f"{part}: {arm}"] = result
     return found
 

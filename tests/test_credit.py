@@ -344,6 +344,7 @@ def test_parts_1_to_3_and_the_report(embedded, monkeypatch, tmp_path, capsys):
     results = json.loads((tmp_path / "assets" / "results" / "credit.json").read_text())
     at = results["truth"]["2"]
     assert 0 < at["key tokens, share"][0] < 1
+    assert 0 <= at["sure ones of the 8 before a key token"][0] <= 1
     assert all(0 <= at[f"AUC, {when}, |F|"][0] <= 1 for when in ("at the update", "after the step"))
     assert at["AUC, at the update, |F|"] == at["AUC, at the update, |F|, τ = 32"]
     gradients = results["gradients"]["lr 0.0003, step 2"]
@@ -371,11 +372,17 @@ def test_arms_are_compared_with_dapo_of_their_own_setting():
     base = {"final": 0.5, "length": 1.0, "oracle/correlation": None, "influence/last": None}
     areas = {("setting", "dapo", 0): 0.1, ("setting", "dapo", 1): 0.2, ("setting", "wide", 1): 0.5,
              ("setting", "more-dapo", 1): 0.3, ("setting", "more-wide", 1): 0.7,
-             ("matters", "dapo", 1): 0.0, ("half", "largest", 1): 0.9}  # fmt: skip
+             ("matters", "dapo", 1): 0.0, ("half", "largest", 1): 0.9, ("half", "random", 1): 0.5,
+             ("matters", "fipo-wide", 1): 0.2, ("matters", "oracle-wide", 1): 0.8}  # fmt: skip
     runs = [base | dict(zip(("part", "arm", "seed"), which), area=area) for which, area in areas.items()]
     found = credit.against_dapo(runs)
     assert {name: row["area − DAPO"][0] for name, row in found.items() if "area − DAPO" in row} == pytest.approx(
-        {"setting: wide": 0.3, "setting: more-wide": 0.4, "half: largest": 0.9})  # fmt: skip
+        {"setting: wide": 0.3, "setting: more-wide": 0.4, "half: largest": 0.9, "half: random": 0.5,
+         "matters: fipo-wide": 0.2, "matters: oracle-wide": 0.8})  # fmt: skip
+    assert [name for name, row in found.items() if "area − FIPO" in row] == ["matters: oracle-wide"]
+    assert [name for name, row in found.items() if "area − random" in row] == ["half: largest"]
+    assert found["matters: oracle-wide"]["area − FIPO"][0] == pytest.approx(0.6)
+    assert found["half: largest"]["area − random"][0] == pytest.approx(0.4)
 
 
 def test_the_command_has_its_help(capsys):
