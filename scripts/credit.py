@@ -6,10 +6,10 @@ there is a truth about which token decided a response, and f can be compared wit
 python scripts/credit.py truth       # 1  the value of every prefix of 128 responses, at steps 1, 4, 10, 20
 python scripts/credit.py finds       # 2  who finds the key tokens: Δlog p, F, f, the past, entropy, −log π_old
 python scripts/credit.py gradients   # 3  how far f turns DAPO's gradient, beside the bound and the noise
-python scripts/credit.py tune        #    DAPO's learning rates for parts 4 to 6, on seeds of their own
+python scripts/credit.py tune        #    DAPO's learning rates for parts 4 to 6, on seeds to choose by
 python scripts/credit.py matters     # 4  training with f, and with an oracle that estimates the values
 python scripts/credit.py half        # 5  training on half of the tokens: with the largest f, the smallest, random ones
-python scripts/credit.py setting     # 6  settings in which f has more to say: a choice on seeds of its own
+python scripts/credit.py setting     # 6  settings in which f has more to say: a choice, on the same seeds
 python scripts/credit.py final       #    … and the one chosen, on five others
 python scripts/credit.py report      # assets/results/credit.json and credit_runs.csv, assets/credit.png
 
@@ -58,7 +58,7 @@ TAUS = (1, 8, 32, 128)
 RANGES = {"[1, 1.2]": (1.0, 1.2), "[0.8, 1.2]": (0.8, 1.2), "[0.5, 2]": (0.5, 2.0),
           "unclipped": (0.0, math.inf)}  # fmt: skip
 LEAD, NONE = 16, 10**6  # tokens before a key token that are looked at; no key token follows
-LEADERS = ("|Δ|", "|F|", "|F − Δ|", "|past − Δ|", "f")
+LEADERS = ("|Δ|", "|F|", "|F − Δ|", "|past − Δ|", "f", "future of −log π_old")
 
 
 def settings(**changed: Any) -> fipo.Config:
@@ -207,8 +207,10 @@ def read_truth(seed: int, step: int, when: str = "logp", tau: float = 32.0) -> d
         for t in reversed(range(T)):
             until = 0 if is_key[0][t] else until + 1
             ahead[t] = until
-        known = {"A": torch.full((T,), A), "entropy": rows["entropy"][i], "−log π_old": -rows["old_logp"][i],
-                 "left": torch.arange(T, 0, -1.0)}  # fmt: skip
+        unsure = -rows["old_logp"][i]
+        ahead_of_it = fipo.future_kl(unsure[None], torch.ones(1, T), tau)[0] - unsure  # F's sum, of what DAPO knows
+        known = {"A": torch.full((T,), A), "entropy": rows["entropy"][i], "−log π_old": unsure,
+                 "future of −log π_old": ahead_of_it, "left": torch.arange(T, 0, -1.0)}  # fmt: skip
         same = z_score(first[:-1], second[:-1], n).abs() > KEY  # one prefix twice: what differs is noise
         truth = {"ΔV": V.diff(), "ΔV 1": first.diff(), "ΔV 2": second.diff(), "key": is_key[0], "key 1": is_key[1],
                  "key 2": is_key[2], "ahead": ahead, "false": same}  # fmt: skip
@@ -372,13 +374,13 @@ ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
         "values": ("values", SMALL, ARM_SEEDS),
     },
     "half": {name: (name, SMALL | dict(algorithm="dapo"), ARM_SEEDS)
-             for name in ("largest", "random", "smallest", "own-largest", "own-smallest")},
+             for name in ("largest", "random", "smallest", "moved", "own-largest", "own-smallest", "own-early")},
     "setting": {f"{kind}{name}": ("", how | change, TUNING)
                 for kind, how in {"": PLAIN, "more-": MORE, "long-": LONG, "long-more-": LONG | MORE}.items()
                 for name, change in {"dapo": dict(algorithm="dapo"), "wide": WIDE}.items()}
                | {"more-fipo": ("", MORE, TUNING)},
 }  # fmt: skip
-CHOSEN = "long-more-wide"  # where FIPO's area was furthest above DAPO's in `setting`, on the seeds to choose by
+CHOSEN = "long-more-wide"  # where FIPO's area was least below DAPO's in `setting`, on the seeds to choose by
 ARMS["final"] = {arm: (*ARMS["setting"][arm][:2], SEEDS) for arm in (CHOSEN, CHOSEN.replace("wide", "dapo"))}
 
 
@@ -416,16 +418,18 @@ def oracle_weight(r: Rollout, delta_V: Tensor, bounds: tuple[float, float]) -> T
 
 def learn_from_half(which: str, seed: int) -> None:
     """Let fipo.py learn from half of the tokens, each counting twice: those with the largest F (f before its bounds),
-    the smallest, or random ones; of a mini-batch (in one micro-batch), or with "own-" of each response. At a first
-    update F is 0 but for rounding, so there the half is random."""
+    the smallest, or random ones; and, since F may only go with them, those that moved most or that come first. Of a
+    mini-batch (in one micro-batch), or with "own-" of each response. At a first update F is 0 but for rounding, so
+    there the half is random."""
     weigh = fipo.influence_weight
 
     def choose(delta_logp: Tensor, advantages: Tensor, mask: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
         F, _ = weigh(delta_logp, advantages, mask, **how)
         chance = fipo.derive_seed(seed, mask.sum().item(), delta_logp.sum().item())
         rank = torch.rand(F.shape, generator=torch.Generator().manual_seed(chance))
-        if delta_logp.abs().max() > 1e-3 and which != "random":
-            rank = F if which.endswith("largest") else -F
+        ranks = {"largest": F, "smallest": -F, "moved": delta_logp.abs(), "early": -mask.cumsum(1).float()}
+        if delta_logp.abs().max() > 1e-3:
+            rank = ranks.get(which.removeprefix("own-"), rank)
         order = rank.masked_fill(~mask, -math.inf)
         place = order.argsort(1, descending=True).argsort(1)  # of a token among its response's, [B, L]
         if not which.startswith("own"):
@@ -538,7 +542,8 @@ def read_runs() -> list[dict[str, Any]]:
 
 def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
     """Part and arm -> over seeds, and the difference to DAPO with the same settings, paired by seed; of an oracle also
-    that to FIPO with the same range of f, of a half that to a random one."""
+    that to FIPO with the same range of f, of a half that to a random one, and to the one
+    with the smallest F."""
     by_arm: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in runs:
         by_arm.setdefault((row["part"], row["arm"]), {})[row["seed"]] = row
@@ -555,7 +560,8 @@ def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
         if "oracle" in arm:
             others["FIPO"] = by_arm.get((part, arm.replace("oracle", "fipo")), {})
         if part == "half":
-            others["random"] = by_arm.get((part, "random"), {})
+            others |= {name: by_arm.get((part, which), {}) for name, which in
+                       {"random": "random", "smallest": arm.replace("largest", "smallest")}.items()}  # fmt: skip
         for name, other in others.items():
             for key in ("area", "final", "length"):
                 both = [row[key] - other[seed][key] for seed, row in mine.items() if seed in other]
@@ -616,8 +622,9 @@ ARM_LABELS = {
     "matters: fipo": "FIPO, f in [1, 1.2]", "matters: fipo-wide": "FIPO, f in [0.5, 2]",
     "matters: oracle": "oracle, f in [1, 1.2]", "matters: oracle-wide": "oracle, f in [0.5, 2]",
     "matters: values": "ΔV as the advantage", "half: largest": "half: largest F", "half: random": "half: random",
-    "half: smallest": "half: smallest F", "half: own-largest": "half of each: largest F",
-    "half: own-smallest": "half of each: smallest F", f"final: {CHOSEN}": "FIPO, the setting chosen",
+    "half: smallest": "half: smallest F", "half: moved": "half: largest |Δlog p|",
+    "half: own-largest": "half of each response: largest F", "half: own-smallest": "half of each response: smallest F",
+    "half: own-early": "half of each response: the first", f"final: {CHOSEN}": "FIPO, the setting chosen",
 }  # fmt: skip
 
 
@@ -630,20 +637,23 @@ def draw(results: dict[str, Any], path: Path) -> None:
         width = [half or 0 for _, half, _ in spread]
         finds.errorbar([m for m, *_ in spread], where, xerr=width, fmt="o", ms=4, label=f"step {step}")
     finds.set(title="Who finds the tokens that decide?", xlabel="AUC: 0.5 is guessing, 1 finds them all",
-              yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.2, 1.02))  # fmt: skip
+              yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.1, 1.02))  # fmt: skip
     finds.axvline(0.5, color="grey", lw=1)
     finds.invert_yaxis()
-    for which in ("|Δ|", "|F − Δ|", "|past − Δ|", "f"):
+    for i, which in enumerate(which for which in LEADERS if which != "|F|"):
         names = [f"{d} before, at the update, {which}" for d in range(LEAD + 1)]
+        for _, found in truth:
+            one = [found.get(name, [math.nan])[0] for name in names]
+            leads.plot(range(LEAD + 1), one, color=f"C{i}", lw=0.7, alpha=0.4)
         at = [fmean(found[name][0] for _, found in truth if name in found) for name in names]
-        leads.plot(range(LEAD + 1), at, marker=".", label=FINDERS[which])
+        leads.plot(range(LEAD + 1), at, color=f"C{i}", marker=".", label=FINDERS.get(which, which))
     leads.set(title="And what leads to them?", xlabel="tokens before the next one that decides",
-              ylabel="AUC, mean of four steps", ylim=(0.2, 1.02))  # fmt: skip
+              ylabel="AUC (bold: mean of the steps)", ylim=(0.0, 1.02))  # fmt: skip
     leads.axhline(0.5, color="grey", lw=1)
     for name, bounds in {"another mini-batch": None, **RANGES}.items():
         at: dict[int, list[float]] = {}  # number of the update -> degrees, of all seeds and steps
         for row in read_gradients(RATES[-1]):
-            if f"cosine: {name}" in row:
+            if f"cosine: {name}" in row and (row["update"] > 1 or not bounds):  # at a first update f is 1
                 at.setdefault(row["update"], []).append(math.degrees(math.acos(min(1.0, row[f"cosine: {name}"]))))
         label = f"FIPO, {name}" if bounds else "DAPO on another mini-batch"
         (line,) = turns.plot(list(at), [fmean(x) for x in at.values()], marker=".", label=label)
@@ -651,18 +661,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
         if bounds and math.isfinite(bounds[1]):
             turns.axhline(math.degrees(math.acos(cosine_bound(*bounds))), color=line.get_color(), ls="--", lw=1)
     turns.set(title="How far is it to DAPO's gradient?", xlabel="update on one batch of rollouts",
-              ylabel="degrees (dashed: the bound)", ylim=(0, 150))  # fmt: skip
-    gains = {label: results["runs"][arm]["area − DAPO"] for arm, label in ARM_LABELS.items() if arm in results["runs"]}
-    for i, (mean, half, _) in enumerate(gains.values()):
-        matters.errorbar(100 * mean, i, xerr=100 * (half or 0), fmt="o", color=f"C{i // 5}", ms=5)
-    seeds = "/".join(map(str, sorted({n for _, _, n in gains.values()})))
-    matters.set(title="Does it matter?", xlabel=f"area under held-out accuracy − DAPO's, points ({seeds} seeds)",
-                yticks=range(len(gains)), yticklabels=gains)  # fmt: skip
+              ylabel="degrees (dashed: the bound)", yscale="log", ylim=(0.3, 200))  # fmt: skip
+    known = {arm: found["area − DAPO"] for arm, found in results["runs"].items() if "area − DAPO" in found}
+    gains = {arm: known[arm] for arm in ARM_LABELS if arm in known}
+    for i, (arm, (mean, half, _)) in enumerate(gains.items()):
+        color = f"C{list(ARMS).index(arm.split(':')[0])}"
+        matters.errorbar(100 * mean, i, xerr=100 * (half or 0), fmt="o", color=color, ms=5)
+    labels = [f"{ARM_LABELS[arm]} ({n})" for arm, (_, _, n) in gains.items()]
+    matters.set(title="Does it matter?", xlabel="area under held-out accuracy − DAPO's, points (seeds)",
+                yticks=range(len(gains)), yticklabels=labels)  # fmt: skip
     matters.axvline(0, color="grey", lw=1)
     matters.invert_yaxis()
     for axes in (finds, leads, turns, matters):
         axes.grid(alpha=0.3)
-    for axes, where in ((finds, "upper left"), (leads, "upper right"), (turns, "upper right")):
+    for axes, where in ((finds, "upper left"), (leads, "lower right"), (turns, "lower right")):
         axes.legend(fontsize="small", loc=where)
     figure.savefig(path, dpi=130)
     plt.close(figure)

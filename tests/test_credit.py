@@ -277,7 +277,7 @@ def test_advantages_of_tokens_reach_the_loss(embedded, as_it_was):
     assert torch.equal(ends[0], whole) and not torch.equal(ends[1], whole)
 
 
-@pytest.mark.parametrize("which", ["largest", "smallest", "random", "own-largest", "own-smallest"])
+@pytest.mark.parametrize("which", credit.ARMS["half"])
 def test_half_of_the_tokens_are_learnt_from(which, as_it_was):
     delta = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * 0.1
     mask, A = torch.arange(10) < torch.tensor([[10], [6], [4]]), torch.tensor([[1.0], [-1.0], [1.0]]).expand(3, 10)
@@ -288,10 +288,11 @@ def test_half_of_the_tokens_are_learnt_from(which, as_it_was):
     assert (f > 0).sum() == 10  # of 20
     if which.startswith("own"):
         assert (f > 0).sum(1).tolist() == [5, 3, 2]
-    for chosen, row, counts in zip(f > 0, F, mask) if which.startswith("own") else [(f > 0, F, mask)]:
-        if which != "random":
-            first, last = (row[chosen], row[counts & ~chosen])[:: 1 if which.endswith("largest") else -1]
-            assert first.min() > last.max()
+    by = {"largest": F, "smallest": -F, "moved": delta.abs(), "early": -torch.arange(10.0).expand(3, 10)}
+    by = by.get(which.removeprefix("own-"))
+    if by is not None:
+        for chosen, row, counts in zip(f > 0, by, mask) if which.startswith("own") else [(f > 0, by, mask)]:
+            assert row[chosen].min() > row[counts & ~chosen].max()
     _, first = fipo.influence_weight(delta * 1e-7, A, mask)  # before any update F is nothing but rounding
     assert (first > 0).sum() == 10 and not torch.equal(first, f)
 
@@ -340,6 +341,12 @@ def test_parts_1_to_3_and_the_report(embedded, monkeypatch, tmp_path, capsys):
     credit.record_gradients(0, 3e-4)
     assert stamps == {file: file.stat().st_mtime_ns for file in credit.RUNS.rglob("*.*")}, "nothing is done twice"
 
+    t, future = credit.read_truth(0, 2, tau=8.0), 0.0
+    last = (t["left"] == 1).nonzero()[0, 0].item()  # of the first response
+    for i in reversed(range(last + 1)):
+        assert t["future of −log π_old"][i].item() == pytest.approx(future, abs=1e-4)
+        future = 2 ** (-1 / 8) * (future + t["−log π_old"][i].item())
+
     credit.report()
     results = json.loads((tmp_path / "assets" / "results" / "credit.json").read_text())
     at = results["truth"]["2"]
@@ -373,16 +380,19 @@ def test_arms_are_compared_with_dapo_of_their_own_setting():
     areas = {("setting", "dapo", 0): 0.1, ("setting", "dapo", 1): 0.2, ("setting", "wide", 1): 0.5,
              ("setting", "more-dapo", 1): 0.3, ("setting", "more-wide", 1): 0.7,
              ("matters", "dapo", 1): 0.0, ("half", "largest", 1): 0.9, ("half", "random", 1): 0.5,
-             ("matters", "fipo-wide", 1): 0.2, ("matters", "oracle-wide", 1): 0.8}  # fmt: skip
+             ("half", "smallest", 1): 0.3, ("matters", "fipo-wide", 1): 0.2,
+             ("matters", "oracle-wide", 1): 0.8}  # fmt: skip
     runs = [base | dict(zip(("part", "arm", "seed"), which), area=area) for which, area in areas.items()]
     found = credit.against_dapo(runs)
     assert {name: row["area − DAPO"][0] for name, row in found.items() if "area − DAPO" in row} == pytest.approx(
         {"setting: wide": 0.3, "setting: more-wide": 0.4, "half: largest": 0.9, "half: random": 0.5,
-         "matters: fipo-wide": 0.2, "matters: oracle-wide": 0.8})  # fmt: skip
+         "half: smallest": 0.3, "matters: fipo-wide": 0.2, "matters: oracle-wide": 0.8})  # fmt: skip
     assert [name for name, row in found.items() if "area − FIPO" in row] == ["matters: oracle-wide"]
-    assert [name for name, row in found.items() if "area − random" in row] == ["half: largest"]
+    assert [name for name, row in found.items() if "area − random" in row] == ["half: largest", "half: smallest"]
+    assert [name for name, row in found.items() if "area − smallest" in row] == ["half: largest"]
     assert found["matters: oracle-wide"]["area − FIPO"][0] == pytest.approx(0.6)
     assert found["half: largest"]["area − random"][0] == pytest.approx(0.4)
+    assert found["half: largest"]["area − smallest"][0] == pytest.approx(0.6)
 
 
 def test_the_command_has_its_help(capsys):
