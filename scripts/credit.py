@@ -53,7 +53,8 @@ from fipo import Rollout
 ROOT = Path(__file__).parents[1]
 RUNS = Path(os.environ.get("CREDIT_RUNS", ROOT / "runs" / "credit"))
 SEEDS, STEPS, CONTINUATIONS = range(5), (1, 4, 10, 20), 64  # of parts 1 to 3
-RATES = (1e-4, 2e-4)  # of part 3: the embedded run's, and the best of scripts/bench_compare.py
+BEST_LR = float(bench_compare.BEST_LR)  # DAPO's, by `tune` too
+RATES = (1e-4, BEST_LR)  # of part 3: the embedded run's is the first
 TAUS = (1, 8, 32, 128)
 RANGES = {"[1, 1.2]": (1.0, 1.2), "[0.8, 1.2]": (0.8, 1.2), "[0.5, 2]": (0.5, 2.0),
           "unclipped": (0.0, math.inf)}  # fmt: skip
@@ -68,6 +69,28 @@ def settings(**changed: Any) -> fipo.Config:
     if not (Path(defaults["model"]).is_dir() and Path(defaults["eval_data"]).exists()):
         train_small.make_embedded(defaults, steps)
     return fipo.resolve(train_small.configure([], defaults | {"out": str(RUNS)} | changed))
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:  # under its name, or not at all
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file.with_suffix(".partial"))
+    file.with_suffix(".partial").rename(file)
+
+
+def write_json(file: Path, rows: Any) -> None:
+    write_whole(file, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+
+
+def truth_file(seed: int, step: int) -> Path:
+    return RUNS / "truth" / f"{seed}-{step}.pt"
+
+
+def gradient_file(seed: int, lr: float) -> Path:
+    return RUNS / "gradients" / f"{lr:g}-{seed}.json"
+
+
+def arm_folder(part: str, arm: str, seed: int) -> Path:
+    return RUNS / part / f"{arm}-{seed}"
 
 
 def updates(cfg: fipo.Config) -> Iterator[tuple[int, int, fipo.HFSampler, list[list[Rollout]]]]:
@@ -132,17 +155,15 @@ KEY = 3.29  # standard errors; by chance one token in a thousand is as far off
 
 def record_truth(seed: int) -> None:
     """Part 1 for one seed: for each step a file with what the loss saw of the last two mini-batches, and the values."""
-    files, kept = {step: RUNS / "truth" / f"{seed}-{step}.pt" for step in STEPS}, None
+    files, kept = {step: truth_file(seed, step) for step in STEPS}, None
     if all(file.exists() for file in files.values()):
         return
-    (RUNS / "truth").mkdir(parents=True, exist_ok=True)
     cfg = settings(seed=seed, steps=STEPS[-1] + 1, rollout_rows=256)
     for step, i, sampler, mini_batches in updates(cfg):
         if i == 0 and kept:  # that step is over: log π_θ at the update, and after all updates
             file, rollouts, rows = kept
             rows |= {"logp": [r.logp for r in rollouts], "after": score(sampler.policy, rollouts)[0]}
-            torch.save(rows, file.with_suffix(".partial"))
-            file.with_suffix(".partial").rename(file)
+            write_whole(file, partial(torch.save, rows))
             kept = None
         if i == 0 and step in files and not files[step].exists():
             rollouts = mini_batches[-2] + mini_batches[-1]
@@ -179,13 +200,21 @@ def auc_within(score: Tensor, positive: Tensor, stratum: Tensor) -> float:
     return wins / pairs if pairs else math.nan
 
 
+def future_sum(x: Tensor, tau: float) -> Tensor:  # F's sum over one response, of anything: [T] -> [T]
+    return fipo.future_kl(x[None], torch.ones(1, len(x)), tau)[0]
+
+
+def weigh(delta: Tensor, advantage: float, **how: Any) -> tuple[Tensor, Tensor]:  # F and f of one response, [T] each
+    one = torch.ones(1, len(delta), dtype=torch.bool)
+    F, f = fipo.influence_weight(delta[None], advantage * one, one, **how)
+    return F[0], f[0]
+
+
 def scores(delta: Tensor, advantage: float, tau: float = 32.0) -> dict[str, Tensor]:
     """What a loss can know of each token of a response from its Δlog p, [T] each."""
-    one = torch.ones(1, len(delta), dtype=torch.bool)
-    weigh = partial(fipo.influence_weight, delta[None], advantage * one, one, tau=tau)
-    F, f = (x[0] for x in weigh())
-    wide = weigh(weight_range=RANGES["[0.8, 1.2]"])[1][0]
-    past = fipo.future_kl(delta.flip(0)[None], one, tau)[0].flip(0)
+    F, f = weigh(delta, advantage, tau=tau)
+    _, wide = weigh(delta, advantage, tau=tau, weight_range=RANGES["[0.8, 1.2]"])
+    past = future_sum(delta.flip(0), tau).flip(0)
     return {"Δ": delta, "|Δ|": delta.abs(), "F": F, "|F|": F.abs(), "|F − Δ|": (F - delta).abs(), "f": f,
             "|log f|": wide.log().abs(), "|past − Δ|": (past - delta).abs()}  # fmt: skip
 
@@ -195,62 +224,86 @@ FINDERS = {"|Δ|": "|Δlog p|", "|F|": "|F|", "|F − Δ|": "|F| without Δ itse
            "−log π_old": "−log π_old", "left": "tokens left"}  # fmt: skip
 
 
+def until_next(key: Tensor) -> Tensor:
+    """How many tokens before the next key token each is, 0 for itself; more than LEAD if none follows. [T] -> [T]."""
+    ahead, until = torch.zeros(len(key)), NONE
+    for t in reversed(range(len(key))):
+        until = 0 if key[t] else until + 1
+        ahead[t] = until
+    return ahead
+
+
 def read_truth(seed: int, step: int, when: str = "logp", tau: float = 32.0) -> dict[str, Tensor]:
     """All tokens of the responses, [N] each: scores, ΔV by all continuations and by each half of them, key or not, and
     how many tokens before the next key token. `when`: Δ as the loss saw it ("logp"), or after the step ("after")."""
-    rows, n = torch.load(RUNS / "truth" / f"{seed}-{step}.pt", weights_only=True), CONTINUATIONS
+    rows, n = torch.load(truth_file(seed, step), weights_only=True), CONTINUATIONS
     tokens: list[dict[str, Tensor]] = []
     for i, (first, second) in enumerate(zip(*rows["V"])):
         V, T, A = (first + second) / 2, len(rows["ids"][i]), rows["advantage"][i]
         is_key = [z_score(v[:-1], v[1:], m).abs() > KEY for v, m in ((V, 2 * n), (first, n), (second, n))]
-        ahead, until = torch.zeros(T), NONE
-        for t in reversed(range(T)):
-            until = 0 if is_key[0][t] else until + 1
-            ahead[t] = until
         unsure = -rows["old_logp"][i]
-        ahead_of_it = fipo.future_kl(unsure[None], torch.ones(1, T), tau)[0] - unsure  # F's sum, of what DAPO knows
+        future = future_sum(unsure, tau) - unsure
         known = {"A": torch.full((T,), A), "entropy": rows["entropy"][i], "−log π_old": unsure,
-                 "future of −log π_old": ahead_of_it, "left": torch.arange(T, 0, -1.0)}  # fmt: skip
+                 "future of −log π_old": future, "left": torch.arange(T, 0, -1.0)}  # fmt: skip
         same = z_score(first[:-1], second[:-1], n).abs() > KEY  # one prefix twice: what differs is noise
         truth = {"ΔV": V.diff(), "ΔV 1": first.diff(), "ΔV 2": second.diff(), "key": is_key[0], "key 1": is_key[1],
-                 "key 2": is_key[2], "ahead": ahead, "false": same}  # fmt: skip
+                 "key 2": is_key[2], "ahead": until_next(is_key[0]), "false": same}  # fmt: skip
         tokens.append(scores(rows[when][i] - rows["old_logp"][i], A, tau) | known | truth)
     return {name: torch.cat([each[name] for each in tokens]) for name in tokens[0]}
 
 
-def find_at(seed: int, step: int) -> dict[str, float]:
-    """Part 2 for one seed and step: a flat table of numbers. NaN where there is nothing to tell."""
-    t = read_truth(seed, step)
-    key, bad, dV = t["key"], t["ΔV"] < 0, t["ΔV"]
+def unsure_tokens(t: dict[str, Tensor]) -> Tensor:  # others cannot be key by more than 0.1
+    return t["−log π_old"] > -math.log(0.9)
+
+
+def describe(t: dict[str, Tensor]) -> dict[str, float]:
+    """What the key tokens are like, how sure that is, and f there."""
+    key, bad, dV, unsure = t["key"], t["ΔV"] < 0, t["ΔV"], unsure_tokens(t)
+    lead = (t["ahead"] > 0) & (t["ahead"] <= 8)
     mean = {"key tokens, share": key, "false alarms, share": t["false"], "key tokens that are bad": bad[key],
             "key tokens that the other half finds, too": t["key 2"][t["key 1"]],
             "f at good key tokens": t["f"][key & ~bad], "f at bad key tokens": t["f"][key & bad],
             "f elsewhere": t["f"][~key], "tokens with A > 0": t["A"] > 0,
-            "of the half with the largest F": t["A"][t["F"] > t["F"].median()] > 0}  # fmt: skip
-    found = {name: x.float().mean().item() for name, x in mean.items()} | {
+            "of the half with the largest F": t["A"][t["F"] > t["F"].median()] > 0,
+            "unsure tokens, share": unsure, "sure ones of the 8 before a key token": ~unsure[lead]}  # fmt: skip
+    return {name: x.float().mean().item() for name, x in mean.items()} | {
         "tokens": len(key), "key tokens": key.sum().item(), "ΔV, rms": dV.square().mean().sqrt().item(),
         "noise of ΔV, rms": (t["ΔV 1"] - t["ΔV 2"]).square().mean().sqrt().item() / 2,
         "correlation of two halves": torch.corrcoef(torch.stack([t["ΔV 1"], t["ΔV 2"]]))[0, 1].item(),
         "smallest jump of a key token": min(dV[key].abs().tolist(), default=math.nan)}  # fmt: skip
-    unsure = t["−log π_old"] > -math.log(0.9)  # others cannot be key by more than 0.1
-    found["unsure tokens, share"] = unsure.float().mean().item()
-    lead = (t["ahead"] > 0) & (t["ahead"] <= LEAD // 2)
-    found["sure ones of the 8 before a key token"] = (~unsure[lead]).float().mean().item()
+
+
+def rank_tokens(t: dict[str, Tensor], name: str) -> dict[str, float]:
+    """How well every score tells key tokens from the rest, and the good ones from the bad."""
+    key, dV, unsure, found = t["key"], t["ΔV"], unsure_tokens(t), {}
+    for which in FINDERS:
+        found[f"AUC, {name}, {which}"] = auc(t[which], key)
+        found[f"AUC among unsure tokens, {name}, {which}"] = auc(t[which][unsure], key[unsure])
+        found[f"AUC of |ΔV| > 0.2, {name}, {which}"] = auc(t[which], dV.abs() > 0.2)
+    return found | {f"good from bad, {name}, {which}": auc(t[which][key], dV[key] >= 0) for which in ("Δ", "F", "A")}
+
+
+def rank_leads(t: dict[str, Tensor], name: str) -> dict[str, float]:
+    """How well scores tell the tokens d before a key token from those with none here or among the next LEAD, and as
+    many tokens left: F sums over them."""
+    found = {}
+    for d in range(LEAD + 1):
+        there = t["ahead"] == d
+        some = there | (t["ahead"] > LEAD)
+        for which in LEADERS:
+            found[f"{d} before, {name}, {which}"] = auc_within(t[which][some], there[some], t["left"][some])
+    return found
+
+
+def find_at(seed: int, step: int) -> dict[str, float]:
+    """Part 2 for one seed and step: a flat table of numbers. NaN where there is nothing to tell."""
+    found = describe(read_truth(seed, step))
     for when, name in (("logp", "at the update"), ("after", "after the step")):
         t = read_truth(seed, step, when)
-        for which in FINDERS:
-            found[f"AUC, {name}, {which}"] = auc(t[which], key)
-            found[f"AUC among unsure tokens, {name}, {which}"] = auc(t[which][unsure], key[unsure])
-            found[f"AUC of |ΔV| > 0.2, {name}, {which}"] = auc(t[which], dV.abs() > 0.2)
-        found |= {f"good from bad, {name}, {which}": auc(t[which][key], ~bad[key]) for which in ("Δ", "F", "A")}
+        found |= rank_tokens(t, name) | rank_leads(t, name)
         for tau in TAUS:
             at = read_truth(seed, step, when, tau)
-            found |= {f"AUC, {name}, {which}, τ = {tau}": auc(at[which], key) for which in ("|F|", "f")}
-        for d in range(LEAD + 1):  # tokens d before a key token, against those with none here or among the next LEAD
-            there = t["ahead"] == d
-            some = there | (t["ahead"] > LEAD)
-            for which in LEADERS:  # with as many tokens left: F sums over them
-                found[f"{d} before, {name}, {which}"] = auc_within(t[which][some], there[some], t["left"][some])
+            found |= {f"AUC, {name}, {which}, τ = {tau}": auc(at[which], at["key"]) for which in ("|F|", "f")}
     return found
 
 
@@ -299,14 +352,9 @@ def token_by_token(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.Con
     row = {"|Σg|² / Σ|g|²": (total.double().square().sum() * len(squares) ** 2 / squares.sum()).item(),
            "share of the top tenth": share.sort(descending=True).values[: len(share) // 10].sum().item()}  # fmt: skip
     for name, bounds in RANGES.items():
-        f = torch.cat([weight_of(r, bounds) for r in mini_batch]).double()
+        f = torch.cat([weigh(r.logp - r.old_logp, r.advantage, weight_range=bounds)[1] for r in mini_batch]).double()
         row[f"if orthogonal: {name}"] = ((share * f).sum() / (share * f * f).sum().sqrt()).item()
     return row
-
-
-def weight_of(r: Rollout, bounds: tuple[float, float]) -> Tensor:  # f of a response's tokens at the update on it, [T]
-    delta, one = (r.logp - r.old_logp)[None], torch.ones(1, len(r.logp), dtype=torch.bool)
-    return fipo.influence_weight(delta, r.advantage * one, one, weight_range=bounds)[1][0]
 
 
 def agreement(vectors: list[Tensor]) -> float:
@@ -329,7 +377,7 @@ def compare_gradients(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.
 
 def record_gradients(seed: int, lr: float) -> None:
     """Part 3 for one seed and learning rate: a JSON file of rows, one for each update."""
-    file, rows = RUNS / "gradients" / f"{lr:g}-{seed}.json", []
+    file, rows = gradient_file(seed, lr), []
     if file.exists():
         return
     cfg = settings(seed=seed, steps=STEPS[-1], lr=lr)
@@ -350,13 +398,13 @@ def record_gradients(seed: int, lr: float) -> None:
 
 
 # -------------------------------------------------------------------------------------- 4. – 6. Training with it
-SMALL = dict(group_size=8, prompts_per_batch=16, prompts_per_mini_batch=2, max_gen_rounds=100, lr=2e-4,
+SMALL = dict(group_size=8, prompts_per_batch=16, prompts_per_mini_batch=2, max_gen_rounds=100, lr=BEST_LR,
              rollout_rows=256)  # fmt: skip
 FEW, SURE = 32, 0.95  # the oracle's continuations of a prefix; and the tokens it takes to move the value by nothing
 JUMP = 0.2  # a move of the value by so much brings the oracle's f to its upper bound
 WIDE = dict(weight_range=[0.5, 2.0])
-PLAIN, MORE = dict(lr=2e-4), dict(prompts_per_mini_batch=1, lr=5e-5)  # 8 updates a batch, and 32
-LONG = dict(lr=2e-4, pretrain_steps=3000)  # the longer horizon of scripts/bench_compare.py
+PLAIN, MORE = dict(lr=BEST_LR), dict(prompts_per_mini_batch=1, lr=5e-5)  # 8 updates a batch, and 32
+LONG = dict(lr=BEST_LR, pretrain_steps=3000)  # the longer horizon of scripts/bench_compare.py
 TUNING, ARM_SEEDS = range(100, 102), range(10)  # seeds to choose by; of parts 4 and 5
 EVERY = 2  # steps between two evaluations
 
@@ -385,8 +433,8 @@ ARMS["final"] = {arm: (*ARMS["setting"][arm][:2], SEEDS) for arm in (CHOSEN, CHO
 
 
 def know_values(cfg: fipo.Config, weigh: Callable[[Rollout, Tensor], Tensor]) -> None:
-    """Let fipo.py train with the advantages weigh(response, ΔV), [T]. ΔV is estimated at every step, and now and then
-    once more: `oracle/correlation` in metrics.jsonl is that of both."""
+    """Let fipo.py train with the advantages weigh(response, ΔV), [T]. ΔV is estimated at every step, at each
+    eighth once more: `oracle/correlation` in metrics.jsonl is that of both."""
     score_old_logp, collate, calls = fipo.score_old_logp, fipo.collate, itertools.count()
 
     def value(policy: fipo.Policy, mini_batches: list[list[Rollout]]) -> dict[str, float]:
@@ -442,12 +490,12 @@ def learn_from_half(which: str, seed: int) -> None:
 
 def train_arm(part: str, arm: str, seed: int) -> None:
     """One run of a part, in a process of its own, since it changes fipo.py; its output goes to a file."""
-    out, (change, how, _) = RUNS / part / f"{arm}-{seed}", ARMS[part][arm]
+    out, (change, how, _) = arm_folder(part, arm, seed), ARMS[part][arm]
     if (out / "done").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if "long" in arm:
+        if "pretrain_steps" in how:
             bench_compare.lengthen_the_task()
         cfg = settings(**how, seed=seed, eval_every=EVERY, save_every=8, log_samples=0)
         cfg, bounds = replace(cfg, out=str(out), resume=True), tuple(cfg.weight_range)
@@ -472,7 +520,7 @@ def make_long_base() -> None:
 
 
 def train_arms(part: str) -> None:
-    if any("long" in arm for arm in ARMS[part]):
+    if any("pretrain_steps" in how for _, how, _ in ARMS[part].values()):
         side_by_side([make_long_base])  # in a process of its own, since it changes train_small.py
     jobs = [(seed, arm) for arm, (_, _, seeds) in ARMS[part].items() for seed in seeds]
     side_by_side([partial(train_arm, part, arm, seed) for seed, arm in sorted(jobs)])
@@ -493,7 +541,7 @@ def over_seeds(rows: list[dict[str, float]]) -> dict[str, Spread]:
 
 
 def read_gradients(lr: float) -> list[dict[str, float]]:
-    files = [RUNS / "gradients" / f"{lr:g}-{seed}.json" for seed in SEEDS]
+    files = [gradient_file(seed, lr) for seed in SEEDS]
     rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
     fipo.require(rows, f"{RUNS}/gradients has no rows for lr {lr:g}: run `credit.py gradients` first.")
     return rows
@@ -508,6 +556,18 @@ def gradients_at(rows: list[dict[str, float]]) -> dict[str, float]:
     return found | {name: rows[-1][name] for name in rows[-1] if name not in rows[0]}
 
 
+def gradient_tables(lr: float) -> dict[str, dict[str, Spread]]:
+    """Over seeds: every step, and the mean of the steps."""
+    rows, by_seed, tables = read_gradients(lr), {}, {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], {}).setdefault(row["step"], []).append(row)
+    seeds = [{step: gradients_at(of_step) for step, of_step in steps.items()} for steps in by_seed.values()]
+    for step in STEPS:
+        tables[f"lr {lr:g}, step {step}"] = over_seeds([steps[step] for steps in seeds])
+    means = [{name: fmean(found[name] for found in steps.values()) for name in steps[STEPS[0]]} for steps in seeds]
+    return tables | {f"lr {lr:g}": over_seeds(means)}
+
+
 def against_the_bound(lr: float) -> dict[str, dict[str, float]]:
     """The least cosine of all updates after a first one, and the share of them below the bound."""
     rows = [row for row in read_gradients(lr) if row["update"] > 1]
@@ -519,55 +579,50 @@ def against_the_bound(lr: float) -> dict[str, dict[str, float]]:
     return found
 
 
-def read_runs() -> list[dict[str, Any]]:
-    """Every run that is done: part, arm, seed; area under the accuracy curve, final accuracy and length; the curve.
-    A run that ended early, with nothing left to learn, stays where it was."""
-    rows = []
-    for part, arms in ARMS.items():
-        for arm, (_, _, seeds) in arms.items():
-            for seed in seeds:
-                folder = RUNS / part / f"{arm}-{seed}"
-                if (folder / "done").exists():
-                    lines = train_small.read_jsonl(folder / "metrics.jsonl")
-                    seen = [x for x in lines if "eval/accuracy" in x]
-                    steps = json.loads((folder / "config.json").read_text())["steps"]
-                    seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + EVERY, steps + 1, EVERY)]
-                    logged = {name: [x[name] for x in lines if name in x]
-                              for name in ("oracle/correlation", "influence/last")}  # fmt: skip
-                    means = {name: fmean(values) if values else None for name, values in logged.items()}
-                    rows.append({"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen), **means,
-                                 "curve": [x["eval/accuracy"] for x in seen]})  # fmt: skip
-    return rows
+def read_run(part: str, arm: str, seed: int) -> dict[str, Any]:
+    """Area under the accuracy curve, final accuracy and length; means of what is logged; the curve. A run that ended
+    early, with nothing left to learn, stays where it was."""
+    folder = arm_folder(part, arm, seed)
+    lines = train_small.read_jsonl(folder / "metrics.jsonl")
+    steps = json.loads((folder / "config.json").read_text())["steps"]
+    seen = [x for x in lines if "eval/accuracy" in x]
+    seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + EVERY, steps + 1, EVERY)]
+    logged = {name: [x[name] for x in lines if name in x] for name in ("oracle/correlation", "influence/last")}
+    means = {name: fmean(values) if values else None for name, values in logged.items()}
+    curve = [x["eval/accuracy"] for x in seen]
+    return {"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen), **means, "curve": curve}
 
 
-def against_dapo(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
-    """Part and arm -> over seeds, and the difference to DAPO with the same settings, paired by seed; of an oracle also
-    that to FIPO with the same range of f, of a half that to a random one, and to the one
-    with the smallest F."""
+def read_runs() -> list[dict[str, Any]]:  # all that are done
+    every = [(part, arm, seed) for part, arms in ARMS.items() for arm, (_, _, seeds) in arms.items() for seed in seeds]
+    return [read_run(*which) for which in every if (arm_folder(*which) / "done").exists()]
+
+
+def rivals(part: str, arm: str) -> dict[str, tuple[str, str]]:
+    """What an arm is compared with, as part and arm: DAPO with the same settings; an oracle with FIPO in the same range
+    of f; a half with a random one, and the largest F with the smallest."""
+    kind = arm.removesuffix(arm.split("-")[-1]) if part in ("setting", "final") else ""
+    found = {"DAPO": ("matters" if part == "half" else part, f"{kind}dapo")}
+    if "oracle" in arm:
+        found["FIPO"] = part, arm.replace("oracle", "fipo")
+    if part == "half":
+        found |= {"random": (part, "random"), "smallest": (part, arm.replace("largest", "smallest"))}
+    return {name: other for name, other in found.items() if other != (part, arm)}
+
+
+def against_rivals(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
+    """Part and arm -> over seeds, and the differences to its rivals, paired by seed."""
     by_arm: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in runs:
         by_arm.setdefault((row["part"], row["arm"]), {})[row["seed"]] = row
     found = {}
-    for (part, arm), mine in by_arm.items():
-        kind = arm.removesuffix(arm.split("-")[-1]) if part in ("setting", "final") else ""
-        dapo = by_arm.get(("matters" if part == "half" else part, f"{kind}dapo"), {})
-        result = {}
-        for key in ("area", "final", "length", "oracle/correlation", "influence/last"):
-            have = {seed: row[key] for seed, row in mine.items() if row[key] is not None}
-            if have:
-                result[key] = spread_of(list(have.values()))
-        others = {"DAPO": dapo}
-        if "oracle" in arm:
-            others["FIPO"] = by_arm.get((part, arm.replace("oracle", "fipo")), {})
-        if part == "half":
-            others |= {name: by_arm.get((part, which), {}) for name, which in
-                       {"random": "random", "smallest": arm.replace("largest", "smallest")}.items()}  # fmt: skip
-        for name, other in others.items():
-            for key in ("area", "final", "length"):
-                both = [row[key] - other[seed][key] for seed, row in mine.items() if seed in other]
-                if both and mine is not other:
-                    result[f"{key} − {name}"] = spread_of(both)
-        found[f"{part}: {arm}"] = result
+    for which, mine in by_arm.items():
+        columns = {key: [row[key] for row in mine.values() if row[key] is not None]
+                   for key in ("area", "final", "length", "oracle/correlation", "influence/last")}  # fmt: skip
+        for name, rival in rivals(*which).items():
+            pairs = [(row, by_arm[rival][seed]) for seed, row in mine.items() if seed in by_arm.get(rival, {})]
+            columns |= {f"{key} − {name}": [a[key] - b[key] for a, b in pairs] for key in ("area", "final", "length")}
+        found[": ".join(which)] = {key: spread_of(values) for key, values in columns.items() if values}
     return found
 
 
@@ -588,7 +643,7 @@ def find() -> dict[int, dict[str, Spread]]:
     """Part 2: for every step its numbers, over seeds."""
     found = {}
     for step in STEPS:
-        seeds = [seed for seed in SEEDS if (RUNS / "truth" / f"{seed}-{step}.pt").exists()]
+        seeds = [seed for seed in SEEDS if truth_file(seed, step).exists()]
         fipo.require(seeds, f"{RUNS}/truth has no file of step {step}: run `credit.py truth` first.")
         found[step] = over_seeds([find_at(seed, step) for seed in fipo.progress(seeds, desc=f"step {step}")])
     table("step", found)
@@ -598,17 +653,10 @@ def find() -> dict[int, dict[str, Spread]]:
 def report() -> None:
     results: dict[str, Any] = {"truth": find(), "gradients": {}, "bounds": {}}
     for lr in RATES:
-        by_step, rows = {}, read_gradients(lr)
-        for step in STEPS:
-            of_seeds = [[x for x in rows if (x["seed"], x["step"]) == (seed, step)] for seed in SEEDS]
-            by_step[step] = [gradients_at(of_seed) for of_seed in of_seeds if of_seed]
-            results["gradients"][f"lr {lr:g}, step {step}"] = over_seeds(by_step[step])
-        over_steps = [{name: fmean(row[name] for row in of_seed) for name in of_seed[0]}
-                      for of_seed in zip(*by_step.values())]  # fmt: skip
-        results["gradients"][f"lr {lr:g}"] = over_seeds(over_steps)
+        results["gradients"] |= gradient_tables(lr)
         results["bounds"] |= against_the_bound(lr)
     runs = read_runs()
-    results["runs"] = against_dapo(runs)
+    results["runs"] = against_rivals(runs)
     for name in ("gradients", "bounds", "runs"):
         table(name, results[name])
     out = ROOT / "assets" / "results"
@@ -628,65 +676,78 @@ ARM_LABELS = {
 }  # fmt: skip
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    figure, ((finds, leads), (matters, turns)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
-    truth = results["truth"].items()
-    for j, (step, found) in enumerate(truth):
+def draw_finders(axes: plt.Axes, truth: dict[int, dict[str, Spread]]) -> None:
+    for j, (step, found) in enumerate(truth.items()):
         spread = [found[f"AUC, at the update, {which}"] for which in FINDERS]
         where = [i + (j - 1.5) * 0.17 for i in range(len(FINDERS))]
         width = [half or 0 for _, half, _ in spread]
-        finds.errorbar([m for m, *_ in spread], where, xerr=width, fmt="o", ms=4, label=f"step {step}")
-    finds.set(title="Who finds the tokens that decide?", xlabel="AUC: 0.5 is guessing, 1 finds them all",
-              yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.1, 1.02))  # fmt: skip
-    finds.axvline(0.5, color="grey", lw=1)
-    finds.invert_yaxis()
+        axes.errorbar([m for m, *_ in spread], where, xerr=width, fmt="o", ms=4, label=f"step {step}")
+    axes.set(title="Who finds the tokens that decide?", xlabel="AUC: 0.5 is guessing, 1 finds them all",
+             yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.1, 1.02))  # fmt: skip
+    axes.axvline(0.5, color="grey", lw=1)
+    axes.invert_yaxis()
+    axes.legend(fontsize="small", loc="upper left")
+
+
+def draw_leads(axes: plt.Axes, truth: dict[int, dict[str, Spread]]) -> None:
     for i, which in enumerate(which for which in LEADERS if which != "|F|"):
         names = [f"{d} before, at the update, {which}" for d in range(LEAD + 1)]
-        for _, found in truth:
+        for found in truth.values():
             one = [found.get(name, [math.nan])[0] for name in names]
-            leads.plot(range(LEAD + 1), one, color=f"C{i}", lw=0.7, alpha=0.4)
-        at = [fmean(found[name][0] for _, found in truth if name in found) for name in names]
-        leads.plot(range(LEAD + 1), at, color=f"C{i}", marker=".", label=FINDERS.get(which, which))
-    leads.set(title="And what leads to them?", xlabel="tokens before the next one that decides",
-              ylabel="AUC (bold: mean of the steps)", ylim=(0.0, 1.02))  # fmt: skip
-    leads.axhline(0.5, color="grey", lw=1)
+            axes.plot(range(LEAD + 1), one, color=f"C{i}", lw=0.7, alpha=0.4)
+        at = [fmean(found[name][0] for found in truth.values() if name in found) for name in names]
+        axes.plot(range(LEAD + 1), at, color=f"C{i}", marker=".", label=FINDERS.get(which, which))
+    axes.set(title="And what leads to them?", xlabel="tokens before the next one that decides",
+             ylabel="AUC (bold: mean of the steps)", ylim=(0.0, 1.02))  # fmt: skip
+    axes.axhline(0.5, color="grey", lw=1)
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def degrees(cosine: float) -> float:
+    return math.degrees(math.acos(min(1.0, cosine)))
+
+
+def draw_turns(axes: plt.Axes, rows: list[dict[str, float]]) -> None:
     for name, bounds in {"another mini-batch": None, **RANGES}.items():
         at: dict[int, list[float]] = {}  # number of the update -> degrees, of all seeds and steps
-        for row in read_gradients(RATES[-1]):
+        for row in rows:
             if f"cosine: {name}" in row and (row["update"] > 1 or not bounds):  # at a first update f is 1
-                at.setdefault(row["update"], []).append(math.degrees(math.acos(min(1.0, row[f"cosine: {name}"]))))
+                at.setdefault(row["update"], []).append(degrees(row[f"cosine: {name}"]))
         label = f"FIPO, {name}" if bounds else "DAPO on another mini-batch"
-        (line,) = turns.plot(list(at), [fmean(x) for x in at.values()], marker=".", label=label)
-        turns.fill_between(list(at), *zip(*((min(x), max(x)) for x in at.values())), alpha=0.15, lw=0)
+        (line,) = axes.plot(list(at), [fmean(x) for x in at.values()], marker=".", label=label)
+        axes.fill_between(list(at), *zip(*((min(x), max(x)) for x in at.values())), alpha=0.15, lw=0)
         if bounds and math.isfinite(bounds[1]):
-            turns.axhline(math.degrees(math.acos(cosine_bound(*bounds))), color=line.get_color(), ls="--", lw=1)
-    turns.set(title="How far is it to DAPO's gradient?", xlabel="update on one batch of rollouts",
-              ylabel="degrees (dashed: the bound)", yscale="log", ylim=(0.3, 200))  # fmt: skip
-    known = {arm: found["area − DAPO"] for arm, found in results["runs"].items() if "area − DAPO" in found}
-    gains = {arm: known[arm] for arm in ARM_LABELS if arm in known}
+            axes.axhline(degrees(cosine_bound(*bounds)), color=line.get_color(), ls="--", lw=1)
+    axes.set(title="How far is it to DAPO's gradient?", xlabel="update on one batch of rollouts",
+             ylabel="degrees (dashed: the bound)", yscale="log", ylim=(0.3, 200))  # fmt: skip
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def draw_gains(axes: plt.Axes, runs: dict[str, dict[str, Spread]]) -> None:
+    gains = {arm: runs[arm]["area − DAPO"] for arm in ARM_LABELS if "area − DAPO" in runs.get(arm, {})}
     for i, (arm, (mean, half, _)) in enumerate(gains.items()):
         color = f"C{list(ARMS).index(arm.split(':')[0])}"
-        matters.errorbar(100 * mean, i, xerr=100 * (half or 0), fmt="o", color=color, ms=5)
+        axes.errorbar(100 * mean, i, xerr=100 * (half or 0), fmt="o", color=color, ms=5)
     labels = [f"{ARM_LABELS[arm]} ({n})" for arm, (_, _, n) in gains.items()]
-    matters.set(title="Does it matter?", xlabel="area under held-out accuracy − DAPO's, points (seeds)",
-                yticks=range(len(gains)), yticklabels=labels)  # fmt: skip
-    matters.axvline(0, color="grey", lw=1)
-    matters.invert_yaxis()
+    axes.set(title="Does it matter?", xlabel="area under held-out accuracy − DAPO's, points (seeds)",
+             yticks=range(len(gains)), yticklabels=labels)  # fmt: skip
+    axes.axvline(0, color="grey", lw=1)
+    axes.invert_yaxis()
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    figure, ((finds, leads), (matters, turns)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    draw_finders(finds, results["truth"])
+    draw_leads(leads, results["truth"])
+    draw_gains(matters, results["runs"])
+    draw_turns(turns, read_gradients(RATES[-1]))
     for axes in (finds, leads, turns, matters):
         axes.grid(alpha=0.3)
-    for axes, where in ((finds, "upper left"), (leads, "lower right"), (turns, "lower right")):
-        axes.legend(fontsize="small", loc=where)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------ Command line
-def write_json(file: Path, rows: Any) -> None:  # whole or not at all
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".partial").write_text(json.dumps(rows, indent=1) + "\n")
-    file.with_suffix(".partial").rename(file)
-
-
 def side_by_side(jobs: list[Callable[[], None]]) -> None:
     """Two at a time, each in a process of its own."""
     settings()  # what all of them read
