@@ -178,17 +178,18 @@ def load_problems(source: str) -> list[Problem]:
     Columns are recognised by name: `prompt` (text or chat messages, used as it is) or `question` / `problem` (put into
     QUESTION); `reward_model.ground_truth` (the verl schema of DAPO-Math-17k), `answer` (of which what follows "####",
     as in GSM8K) or `solution`. Repeated prompts are dropped, with a count."""
-    problems: dict[str, Problem] = {}
+    problems: dict[bytes, Problem] = {}
     rows = contradictions = 0
     with explain(f"reading problems from {source}"):
         for rows, row in enumerate(progress(read_rows(source), desc="problems"), 1):
             problem = read_problem(row, f"{source}: row {rows}")
-            first = problems.setdefault(json.dumps(problem.prompt, sort_keys=True), problem)
+            key = json.dumps(problem.prompt, sort_keys=True, ensure_ascii=False).encode()  # fails for half a character
+            first = problems.setdefault(key, problem)
             contradictions += first.answer != problem.answer
     require(problems, f"{source} is empty.")
     if len(problems) < rows:
-        say(f"{source}: {rows - len(problems)} of {rows} rows repeat an earlier prompt and were dropped; "
-            f"{contradictions} of them have another answer than the first.")  # fmt: skip
+        detail = f"; {contradictions} of them have another answer than the first" if contradictions else ""
+        say(f"{source}: {rows - len(problems)} of {rows} rows repeat an earlier prompt and were dropped{detail}.")
     return list(problems.values())
 
 
@@ -214,7 +215,7 @@ def read_rows(source: str) -> Iterator[Any]:
 
         with open(source, "rb") as file:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-                yield from map(arrow_value, batch.to_struct_array())
+                yield from arrow_rows(batch)
     else:
         require(not os.path.exists(source), f"{source} is not a .jsonl, .json or .parquet file.")
         import datasets
@@ -224,7 +225,7 @@ def read_rows(source: str) -> Iterator[Any]:
         name, config, split = (source.split(":") + ["", ""])[:3]
         dataset = datasets.load_dataset(name, config or None, split=split or "train")
         for table in dataset.with_format("arrow").iter(1000):
-            yield from map(arrow_value, table.to_struct_array())
+            yield from arrow_rows(table)
 
 
 def read_json_lines(source: str, lines: Iterable[bytes]) -> Iterator[Any]:
@@ -235,6 +236,11 @@ def read_json_lines(source: str, lines: Iterable[bytes]) -> Iterator[Any]:
         except ValueError as error:
             cause = str(error).replace(": line 1 column", " at column")
             raise FipoError(f"{source}: line {number} is not valid JSON: {cause}.") from error
+
+
+def arrow_rows(table: Any) -> Iterable[dict[str, Any]]:
+    has_float32 = re.search(r"\b(half)?float\b", str(table.schema))
+    return map(arrow_value, table.to_struct_array()) if has_float32 else table.to_pylist()  # ten times as fast
 
 
 def arrow_value(scalar: Any) -> Any:
@@ -256,14 +262,14 @@ def read_problem(row: Any, where: str) -> Problem:
     answered = next((c for c in ("reward_model", "answer", "solution") if c in row), None)
     require(asked and answered, f"{where} has the columns {list(row)}: there must be one of prompt, question, problem, "
             "and one of reward_model, answer, solution.")  # fmt: skip
-    media = [c for c in ("image", "images", "video", "videos", "audio", "audios") if row.get(c)]
+    media = [c for c, value in row.items() if value and re.fullmatch(r"(?i)(image|video|audio)s?(_?\d+)?", c)]
     require(not media, f"{where} has {' and '.join(media)}: only problems in plain text can be used. Remove the row.")
     return Problem(read_prompt(row[asked], asked, where), read_answer(row[answered], answered, where))
 
 
 def read_prompt(prompt: Any, column: str, where: str) -> str | list[dict[str, str]]:
     require(prompt, f"{where} has no {column}: fill it in or remove the row.")
-    if isinstance(prompt, str) and re.match(r"""\s*\[\s*\{\s*["'](role|content)["']""", prompt):
+    if isinstance(prompt, str) and re.match(r"""\s*\[\s*\{\s*["'](role|content|name)["']\s*:""", prompt):
         with explain(f"{where} has a {column} that looks like chat messages, but reading it as JSON"):
             prompt = json.loads(prompt)
     if isinstance(prompt, str):
@@ -288,11 +294,10 @@ def read_answer(value: Any, column: str, where: str) -> str:
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, (float, numpy.floating)):
-        is_finite = math.isfinite(value)
-        is_exact = abs(value) < 2 ** (numpy.finfo(type(value)).nmant + 1)
-        require(is_exact or not is_finite, f"{where} has the {column} {value}, a float so large that it may have been rounded: write it "
-                "as text or as an integer.")  # fmt: skip
-        value = numpy.format_float_positional(value + 0.0, trim="-") if is_finite else ""  # -0.0 becomes 0
+        limit = 2 ** (numpy.finfo(type(value)).nmant + 1)  # above it, a float cannot hold every integer
+        require(not limit <= abs(value) < math.inf, f"{where} has the {column} {value}, a float so large that it may "
+                "have been rounded: write it as text or as an integer.")  # fmt: skip
+        value = numpy.format_float_positional(value + 0.0, trim="-") if math.isfinite(value) else ""  # -0.0 becomes 0
     elif value is None or value in ([], {}):
         value = ""
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -480,12 +485,14 @@ def verify(response: str, ground_truth: str) -> bool:
 TO_LATEX = [
     (r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])|`", ""),
     (r"\*\*(-?\w+)", r"^{\1}"),
-    (r"\\?\$|(?<!\\)\\[()\[\]]|~", " "),
+    (r"\\?\$|[€£~]|(?<!\\)\\[()\[\]]", " "),
     (r"(?:√|\\?sqrt)\s*\(([^()]*)\)|√\s*(\d+)", r"\\sqrt{\1\2}"),
     (r"√", r"\\sqrt"),
     (r"·", r"\\cdot "),
-    (r"°", ""),
-    (r"∞|(?i:infinity)", r"\\infty "),
+    (r"²", "^2"),
+    (r"³", "^3"),
+    (r"°|\\degree\b", ""),
+    (r"∞|(?<![\\\w])(?i:inf(inity)?)\b", r"\\infty "),
     (r"\s*\b[Pp]ercent(?:age)?\b", r"\\%"),
     (r"(?<![\\A-Za-z])(pi|alpha|beta|gamma|theta|lambda|phi|omega|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])", r"\\\1"),
     (r"(?<![\d/.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
@@ -498,8 +505,8 @@ PROSE = (
 
 
 def in_box(answer: str) -> str:
-    """An answer for math-verify. Read are the mathematics before the first word, or whatever math-verify finds if it
-    begins with a word, or, without any mathematics, the words."""
+    """An answer in the form that math-verify parses best. The box holds the mathematics before the first word, as in
+    "12 apples", or the words if there is no mathematics. In "the value is 12", math-verify has to find the result."""
     if "\\boxed" in answer:
         return answer
     latex = answer
@@ -509,18 +516,19 @@ def in_box(answer: str) -> str:
     start, *words = re.split(PROSE, latex, maxsplit=1)
     if words and not re.search(r"[\d\\]", start):
         return answer if re.search(r"[\d\\]", latex) else rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
-    start = re.sub(r"(?:[\s.,;:=(≈–—-]|\\approx|(?<![A-Za-z])(?:and|or))*$", "", start)
+    start = re.sub(r"(?:[\s.,;:=(≈–—\\-]|\\approx|(?<![A-Za-z])(?:and|or))*$", "", start)
     return rf"\boxed{{{start}}}" if start else ""
 
 
 def stated_result(response: str) -> str:
-    """The last "Answer:" line of a response for math-verify to read, or the response if it has no such line."""
+    """The content of the last "Answer:" line, in a box, or the whole response if it has no such line."""
     *before, tail = re.split(ANSWER, re.sub(*TO_LATEX[0], response))
     if not before:
         return response
     line = tail.strip().split("\n")[0]
-    opens_display = not line.strip("$\\[(*_ ")
-    return tail if opens_display else in_box(line)
+    has_no_mathematics = not re.search(r"[\d\\]", line)
+    result_follows = not line.strip("$\\[(*_ ") or line.endswith(":") or has_no_mathematics and "\\boxed" in tail
+    return tail if result_follows else in_box(line)
 
 
 @functools.lru_cache(maxsize=1024)

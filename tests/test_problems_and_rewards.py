@@ -61,7 +61,8 @@ MATH_VERDICTS = [  # ground truth, what stands after "Answer:", right
     (r"\pm 5", "5", False), ("2x+1", "y = 2x + 1", True), (r"\theta", "theta", True),
     (r"\text{Evelyn}", "Evelyn", True), ("Evelyn", r"\text{Evelyn}", True), (r"\text{Evelyn}", "Carla", False),
     (r"\text{no solution}", "No solution.", True),
-    (r"[1,2)", "[1, 2)", True), (r"[1,2)", "[1, 2]", False), ("5", "__5__", True),
+    (r"[1,2)", "[1, 2)", True), (r"[1,2)", "[1, 2]", False), ("5", "__5__", True), ("x^2+1", "x² + 1", True),
+    ("12", "12 cm²", True), (r"[0, \infty)", "[0, inf)", True), ("12", "€12", True),
 ]  # fmt: skip
 
 
@@ -74,6 +75,8 @@ def test_math_verify_grades_the_answer_line(truth, answer, right):
 def test_math_verify_reads_the_last_answer_line_even_if_it_is_a_display_or_empty():
     assert verify_math("Answer: 7\nAnswer: 12", "12") and not verify_math("Answer: 12\nAnswer: 7", "12")
     assert verify_math("**Final Answer:**\n\n\\[\n\\boxed{12}\n\\]", "12") and verify_math("Answer:\n$$\n12\n$$", "12")
+    assert verify_math("Answer: The final result is:\n\\[\n12\n\\]", "12")
+    assert verify_math("Answer: see below.\n\n$$\\boxed{12}$$", "12")
     assert not verify_math("From $x=5$ we get the length.\nAnswer:", "5")
     assert verify_math("Answer: 12" + " and so on" * 100, "12")
 
@@ -125,7 +128,7 @@ def test_repeated_prompts_are_dropped_and_counted(tmp_path, capsys):
 
 
 def test_repeats_with_another_answer_are_counted(tmp_path, capsys):
-    rows = [{"prompt": "1+1=", "answer": a} for a in ("2", "2", "3", 2)]
+    rows = [{"prompt": "1+1=", "answer": answer} for answer in ("2", "2", "3", 2)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == ["2"]
     assert "3 of 4 rows repeat an earlier prompt and were dropped; 1 of them have another" in capsys.readouterr().out
@@ -173,7 +176,7 @@ def test_gsm8k_and_aime_files():
     ([{"prompt": "a", "answer": '["1", "2"]'}], "row 1: answer has the type list"),
     ([{"prompt": "a", "answer": True}], "row 1: answer has the type bool"),
     ([{"prompt": "a", "answer": 2.0**53}], "row 1 has the answer 9007199254740992.0, a float so large"),
-    ([{"prompt": "a", "reward_model": {"ground_truth": {"target": ["17"]}}}], "row 1: reward_model.ground_truth has the type dict"),
+    ([{"prompt": "a", "reward_model": {"ground_truth": {"target": ["17"]}}}], "ground_truth has the type dict, but"),
     ([{"prompt": "a", "reward_model": "{'ground_truth': '17'}"}], "row 1 has a reward_model that is text"),
     ([{"prompt": "a", "reward_model": "17"}], "row 1 has no reward_model.ground_truth"),
     ([{"prompt": "[{'role': 'user', 'content': 'a'}]", "answer": "1"}], "a prompt that looks like chat messages"),
@@ -181,7 +184,8 @@ def test_gsm8k_and_aime_files():
     ([{"prompt": [{"role": "user"}], "answer": "1"}], "neither text nor chat messages"),
     ([{"prompt": math.nan, "answer": "1"}], "neither text nor chat messages"),
     ([{"prompt": "a", "answer": "1", "images": images} for images in ([], None, ["a.png"])], "row 3 has images: only"),
-    ([{"prompt": "a", "answer": "1", "video": "x.mp4"}], "row 1 has video: only problems in plain text"),
+    ([{"prompt": "a", "answer": "1", "video": "x.mp4", "image_1": "y"}], "row 1 has video and image_1: only problems"),
+    ([{"prompt": "\ud800", "answer": "1"}], "a.jsonl failed: .*surrogates not allowed"),
 ])  # fmt: skip
 def test_bad_rows_are_named(tmp_path, rows, said):
     write_jsonl(tmp_path / "a.jsonl", rows)
