@@ -509,13 +509,13 @@ def in_box(answer: str) -> str:
     "12 apples", or the words if there is no mathematics. In "the value is 12", math-verify has to find the result."""
     if "\\boxed" in answer:
         return answer
-    latex = answer
+    latex = answer[:300]  # what is longer is prose, and the patterns need quadratic time
     for pattern, replacement in TO_LATEX:
         latex = re.sub(pattern, replacement, latex)
     latex = latex.strip(" \t*_=:")
     start, *words = re.split(PROSE, latex, maxsplit=1)
     if words and not re.search(r"[\d\\]", start):
-        return answer if re.search(r"[\d\\]", latex) else rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
+        return answer if re.search(r"[\d\\]", answer) else rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
     start = re.sub(r"(?:[\s.,;:=(≈–—\\-]|\\approx|(?<![A-Za-z])(?:and|or))*$", "", start)
     return rf"\boxed{{{start}}}" if start else ""
 
@@ -584,11 +584,11 @@ def same_math(answer: str, other: str) -> bool:
 
 
 VERIFY: dict[str, Callable[[str, str], bool]] = {"dapo": verify, "math": verify_math}  # by --verifier
+EXTRACT: dict[str, Callable[[str], str | None]] = {"dapo": extract_answer, "math": extract_math}
 NO_ANSWER = {
     "dapo": 'there is no "Answer:" line in the last 300 characters of any',
     "math": 'math-verify finds no "Answer:" line, number or formula in any',
 }
-EXTRACT: dict[str, Callable[[str], str | None]] = {"dapo": extract_answer, "math": extract_math}
 
 
 def overlong_penalty(length: int, max_response: int, buffer: int) -> float:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pyarrow
@@ -79,6 +80,14 @@ def test_math_verify_reads_the_last_answer_line_even_if_it_is_a_display_or_empty
     assert verify_math("Answer: see below.\n\n$$\\boxed{12}$$", "12")
     assert not verify_math("From $x=5$ we get the length.\nAnswer:", "5")
     assert verify_math("Answer: 12" + " and so on" * 100, "12")
+    assert verify_math("Answer: We add" + " and add" * 100 + " and get 12.", "12")
+
+
+def test_math_verify_grades_endless_answer_lines_in_time():
+    start = time.perf_counter()
+    for endless in (". " * 30000 + "x", " " * 60000 + "x", "(" * 60000, "√" * 60000, "1 " * 30000, "ab" * 30000):
+        assert not verify_math(f"Answer: {endless}", "12")
+    assert time.perf_counter() - start < 5
 
 
 def test_math_verify_accepts_free_forms():
