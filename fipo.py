@@ -38,6 +38,7 @@ Departures from the paper and from the authors' release (the README has the tabl
 
 from __future__ import annotations
 
+import cmath
 import contextlib
 import functools
 import importlib.metadata
@@ -54,6 +55,7 @@ import threading
 import warnings
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -62,8 +64,7 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any, Literal
 
-import datasets
-import math_verify
+import numpy
 import torch
 from huggingface_hub.utils import enable_progress_bars
 from torch import Tensor, distributed
@@ -177,40 +178,135 @@ def load_problems(source: str) -> list[Problem]:
     Columns are recognised by name: `prompt` (text or chat messages, used as it is) or `question` / `problem` (put into
     QUESTION); `reward_model.ground_truth` (the verl schema of DAPO-Math-17k), `answer` (of which what follows "####",
     as in GSM8K) or `solution`. Repeated prompts are dropped, with a count."""
-    datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # explain tells what it would
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    name, config, split = (source.split(":") + ["", ""])[:3]
-    problems: dict[str, Problem] = {}
-    with explain(f"reading problems from {source}"):  # rows are read from the disk as they are asked for
-        sound = os.path.getsize(source) if kind else not os.path.exists(source)
-        require(sound, f"{source} is empty, or not a .jsonl, .json or .parquet file.")
-        place = dict(path=kind, data_files=source) if kind else dict(path=name, name=config or None)
-        rows = datasets.load_dataset(**place, split=split or "train")
-        for i, row in enumerate(progress(rows, desc="problems"), 1):
-            problem = read_problem(row, f"{source}: row {i}")
-            problems.setdefault(json.dumps(problem.prompt, sort_keys=True), problem)
-    if len(problems) < len(rows):
-        say(f"{source}: {len(rows) - len(problems)} of {len(rows)} rows repeat an earlier prompt and were dropped.")
+    problems: dict[bytes, Problem] = {}
+    rows = contradictions = 0
+    with explain(f"reading problems from {source}"):
+        for rows, row in enumerate(progress(read_rows(source), desc="problems"), 1):
+            problem = read_problem(row, f"{source}: row {rows}")
+            key = json.dumps(problem.prompt, sort_keys=True, ensure_ascii=False).encode()  # fails for half a character
+            first = problems.setdefault(key, problem)
+            contradictions += first.answer != problem.answer
+    require(problems, f"{source} is empty.")
+    if len(problems) < rows:
+        detail = f"; {contradictions} of them have another answer than the first" if contradictions else ""
+        say(f"{source}: {rows - len(problems)} of {rows} rows repeat an earlier prompt and were dropped{detail}.")
     return list(problems.values())
 
 
-def read_problem(row: dict[str, Any], where: str) -> Problem:
+def read_rows(source: str) -> Iterator[Any]:
+    """Yield the rows of a local file or of a dataset on the hub. Local files are read without `datasets`, which caches
+    them by name and time, and gives all values of a column one type."""
+    suffix = Path(source).suffix.lower()
+    if suffix == ".jsonl":
+        with open(source, "rb") as lines:
+            yield from read_json_lines(source, lines)
+    elif suffix == ".json":
+        content = Path(source).read_bytes()
+        try:
+            value = json.loads(content)
+        except ValueError as error:
+            if getattr(error, "msg", "") != "Extra data":  # which follows the first line of JSON Lines
+                raise
+            yield from read_json_lines(source, content.splitlines())
+        else:
+            yield from value if isinstance(value, list) else [value]
+    elif suffix == ".parquet":
+        import pyarrow.parquet
+
+        with open(source, "rb") as file:
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+                yield from arrow_rows(batch)
+    else:
+        require(not os.path.exists(source), f"{source} is not a .jsonl, .json or .parquet file.")
+        import datasets
+
+        datasets.disable_progress_bars()
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are reported by `explain`
+        name, config, split = (source.split(":") + ["", ""])[:3]
+        dataset = datasets.load_dataset(name, config or None, split=split or "train")
+        for table in dataset.with_format("arrow").iter(1000):
+            yield from arrow_rows(table)
+
+
+def read_json_lines(source: str, lines: Iterable[bytes]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            cause = str(error).replace(": line 1 column", " at column")
+            raise FipoError(f"{source}: line {number} is not valid JSON: {cause}.") from error
+
+
+def arrow_rows(table: Any) -> Iterable[dict[str, Any]]:
+    has_float32 = re.search(r"\b(half)?float\b", str(table.schema))
+    return map(arrow_value, table.to_struct_array()) if has_float32 else table.to_pylist()  # ten times as fast
+
+
+def arrow_value(scalar: Any) -> Any:
+    """The same as scalar.as_py(), but float32 stays float32: as a Python float, 0.1 would be 0.10000000149011612."""
+    import pyarrow
+
+    if isinstance(scalar, pyarrow.StructScalar) and scalar.is_valid:
+        return {name: arrow_value(value) for name, value in scalar.items()}
+    if isinstance(scalar, pyarrow.ListScalar) and scalar.is_valid:
+        return [arrow_value(value) for value in scalar.values]
+    if pyarrow.types.is_floating(scalar.type) and scalar.is_valid:
+        return scalar.type.to_pandas_dtype()(scalar.as_py())
+    return scalar.as_py()
+
+
+def read_problem(row: Any, where: str) -> Problem:
+    require(isinstance(row, dict), f"{where} is not an object with named columns.")
     asked = next((c for c in ("prompt", "question", "problem") if c in row), None)
     answered = next((c for c in ("reward_model", "answer", "solution") if c in row), None)
     require(asked and answered, f"{where} has the columns {list(row)}: there must be one of prompt, question, problem, "
             "and one of reward_model, answer, solution.")  # fmt: skip
-    prompt, answer = row[asked], row[answered]
-    answer = answer.get("ground_truth") if isinstance(answer, dict) else answer
-    answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
-    answer = "" if answer is None else str(answer).split("####")[-1].strip()
-    require(prompt and answer, f"{where} has no {answered if prompt else asked}: mend or remove it.")
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    sound = all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages)
-    require(sound, f"{where} has a {asked} that is neither text nor chat messages: mend or remove it.")
-    if asked != "prompt":
-        prompt = [{"role": "user", "content": QUESTION.format(question=prompt)}]
-    return Problem(prompt, answer)
+    media = [c for c, value in row.items() if value and re.fullmatch(r"(?i)(image|video|audio)s?(_?\d+)?", c)]
+    require(not media, f"{where} has {' and '.join(media)}: only problems in plain text can be used. Remove the row.")
+    return Problem(read_prompt(row[asked], asked, where), read_answer(row[answered], answered, where))
+
+
+def read_prompt(prompt: Any, column: str, where: str) -> str | list[dict[str, str]]:
+    require(prompt, f"{where} has no {column}: fill it in or remove the row.")
+    if isinstance(prompt, str) and re.match(r"""\s*\[\s*\{\s*["'](role|content|name)["']\s*:""", prompt):
+        with explain(f"{where} has a {column} that looks like chat messages, but reading it as JSON"):
+            prompt = json.loads(prompt)
+    if isinstance(prompt, str):
+        return prompt if column == "prompt" else [{"role": "user", "content": QUESTION.format(question=prompt)}]
+    is_chat = isinstance(prompt, list) and all(
+        isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in prompt
+    )
+    require(is_chat, f"{where} has a {column} that is neither text nor chat messages with a role and text as content.")
+    return prompt
+
+
+def read_answer(value: Any, column: str, where: str) -> str:
+    """The answer as text. A list of one is its element; a number is written with the digits of its own type."""
+    if column == "reward_model":
+        if isinstance(value, str):
+            with explain(f"{where} has a reward_model that is text, and reading it as JSON"):
+                value = json.loads(value)
+        column, value = "reward_model.ground_truth", value.get("ground_truth") if isinstance(value, dict) else None
+    if isinstance(value, str) and re.match(r'\s*[\[{]\s*"', value):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (float, numpy.floating)):
+        limit = 2 ** (numpy.finfo(type(value)).nmant + 1)  # above it, a float cannot hold every integer
+        require(not limit <= abs(value) < math.inf, f"{where} has the {column} {value}, a float so large that it may "
+                "have been rounded: write it as text or as an integer.")  # fmt: skip
+        value = numpy.format_float_positional(value + 0.0, trim="-") if math.isfinite(value) else ""  # -0.0 becomes 0
+    elif value is None or value in ([], {}):
+        value = ""
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    is_text = isinstance(value, str)
+    require(is_text, f"{where}: {column} has the type {type(value).__name__}, but it must be text or a number.")
+    answer = value.split("####")[-1].strip()
+    require(answer, f"{where} has no {column}: fill it in or remove the row.")
+    return answer
 
 
 # ----------------------------------------------------------------------------------------------------- 2. Prompts
@@ -231,6 +327,10 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(found):
         say(f"{source}: of the first {len(encoded)} of {len(found)} problems, {len(problems)} are within --max_prompt.")
+    padded = sum(bool(re.match(r"-?0\d", normalize_answer(p.answer))) for p in problems)
+    if padded and cfg.verifier == "dapo":
+        say(f"{source}: {padded} of {len(problems)} answers begin with 0, which the dapo verifier compares as text: "
+            "use --verifier math.")  # fmt: skip
     longest = max(len(p.prompt_ids) for p in problems)
     require(longest + cfg.max_response <= policy.context, f"{source}: the longest prompt has {longest} tokens: with "
             f"--max_response {cfg.max_response}, it exceeds the model's context of {policy.context}.")  # fmt: skip
@@ -363,6 +463,9 @@ UNWRAPPED = [(r".*?\$(.*?)\$.*", r"$\1$"), (r"\\text\{(.*?)\}", r"\1"), (r"\\tex
              (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}")]  # fmt: skip
 
 
+ANSWER = r"(?i)Answer\s*:"
+
+
 def normalize_answer(answer: str) -> str:  # to the form in which right ones are equal strings
     answer = answer.split("=")[-1]
     for old, new in REPLACED.items():
@@ -377,7 +480,7 @@ def normalize_answer(answer: str) -> str:  # to the form in which right ones are
 
 
 def extract_answer(response: str) -> str | None:  # after the last "Answer:" of the last 300 characters
-    found = re.findall(r"(?i)Answer\s*:\s*([^\n]+)", response[-300:])
+    found = re.findall(ANSWER + r"\s*([^\n]+)", response[-300:])
     return normalize_answer(found[-1]) if found else None
 
 
@@ -386,19 +489,114 @@ def verify(response: str, ground_truth: str) -> bool:
     return extract_answer(response) == normalize_answer(ground_truth)
 
 
-def extract_math(response: str) -> str | None:  # the result math-verify reads in a response, as text
-    found = math_verify.parse(response)
+# What models write after "Answer:" as plain text or markdown, in the LaTeX that math-verify reads.
+TO_LATEX = [
+    (r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])|`", ""),
+    (r"\*\*(-?\w+)", r"^{\1}"),
+    (r"\\?\$|[€£~]|(?<!\\)\\[()\[\]]", " "),
+    (r"(?:√|\\?sqrt)\s*\(([^()]*)\)|√\s*(\d+)", r"\\sqrt{\1\2}"),
+    (r"√", r"\\sqrt"),
+    (r"·", r"\\cdot "),
+    (r"²", "^2"),
+    (r"³", "^3"),
+    (r"°|\\degree\b", ""),
+    (r"∞|(?<![\\\w])(?i:inf(inity)?)\b", r"\\infty "),
+    (r"\s*\b[Pp]ercent(?:age)?\b", r"\\%"),
+    (r"(?<![\\A-Za-z])(pi|alpha|beta|gamma|theta|lambda|phi|omega|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])", r"\\\1"),
+    (r"(?<![\d/.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+]
+# A word of English, as opposed to a product of variables or the content of \text{}.
+PROSE = (
+    r"(?:^|(?<=[\s(,;:.]))(?!(?:and|or)\b)"
+    r"(?:[A-Za-z]{3,}|(?:is|it|of|to|in|by|so|we|as|at|km|cm|mm|kg|ft)\b)(?![^{}]*\})"
+)
+
+
+def in_box(answer: str) -> str:
+    """An answer in the form that math-verify parses best. The box holds the mathematics before the first word, as in
+    "12 apples", or the words if there is no mathematics. In "the value is 12", math-verify has to find the result."""
+    if "\\boxed" in answer:
+        return answer
+    latex = answer[:300]  # what is longer is prose, and the patterns need quadratic time
+    for pattern, replacement in TO_LATEX:
+        latex = re.sub(pattern, replacement, latex)
+    latex = latex.strip(" \t*_=:")
+    start, *words = re.split(PROSE, latex, maxsplit=1)
+    if words and not re.search(r"[\d\\]", start):
+        return answer if re.search(r"[\d\\]", answer) else rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
+    start = re.sub(r"(?:[\s.,;:=(≈–—\\-]|\\approx|(?<![A-Za-z])(?:and|or))*$", "", start)
+    return rf"\boxed{{{start}}}" if start else ""
+
+
+def stated_result(response: str) -> str:
+    """The content of the last "Answer:" line, in a box, or the whole response if it has no such line."""
+    *before, tail = re.split(ANSWER, re.sub(*TO_LATEX[0], response))
+    if not before:
+        return response
+    line = tail.strip().split("\n")[0]
+    has_no_mathematics = not re.search(r"[\d\\]", line)
+    result_follows = not line.strip("$\\[(*_ ") or line.endswith(":") or has_no_mathematics and "\\boxed" in tail
+    return tail if result_follows else in_box(line)
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_math(text: str) -> list[Any]:
+    import math_verify
+
+    return math_verify.parse(text)
+
+
+def extract_math(response: str) -> str | None:
+    """The result that math-verify reads in a response, as text."""
+    found = parse_math(stated_result(response))
     return str(found[-1]) if found else None
 
 
 def verify_math(response: str, ground_truth: str) -> bool:
-    """math-verify, for free-form answers (MATH): equal as mathematics, wherever the response states its result."""
-    gold = ground_truth if "\\boxed" in ground_truth else f"\\boxed{{{ground_truth}}}"
-    return math_verify.verify(math_verify.parse(gold), math_verify.parse(response))
+    """math-verify, for free-form answers (MATH): the last "Answer:" line is equal to the ground truth as mathematics.
+    In a response without such a line, math-verify looks for the result."""
+    return equal_math(in_box(ground_truth), stated_result(response))
+
+
+def equal_math(gold: str, answer: str) -> bool:
+    import math_verify
+
+    if math_verify.verify(parse_math(gold), parse_math(answer)):
+        return True
+    numbers = [re.sub(r"\\?%", "", text) for text in (gold, answer)]  # 12.5% is also accepted for 12.5
+    return numbers != [gold, answer] and math_verify.verify(*map(parse_math, numbers))
+
+
+@functools.lru_cache(maxsize=1024)
+def math_value(answer: str) -> complex | None:
+    """The value of an expression, with a fixed number for each of its variables; None for sets, relations and text."""
+    import sympy
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
+    expression = next(iter(parse_math(in_box(answer))), None)
+    if isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol:
+        expression = expression.rhs
+    if isinstance(expression, sympy.Expr) and "%" not in answer:
+        point = {s: 0.5 + zlib.crc32(s.name.encode()) / 2**32 for s in expression.free_symbols}
+        with contextlib.suppress(Exception, TimeoutException):
+            return complex(timeout(5)(expression.evalf)(15, subs=point))
+    return None
+
+
+def same_math(answer: str, other: str) -> bool:
+    """Are two results of extract_math equal? Their values are compared first, because math-verify is slow."""
+    values = math_value(answer), math_value(other)
+    may_be_equal = None in values or cmath.isclose(*values, rel_tol=1e-5, abs_tol=1e-5)
+    return may_be_equal and equal_math(in_box(answer), in_box(other))
 
 
 VERIFY: dict[str, Callable[[str, str], bool]] = {"dapo": verify, "math": verify_math}  # by --verifier
 EXTRACT: dict[str, Callable[[str], str | None]] = {"dapo": extract_answer, "math": extract_math}
+NO_ANSWER = {
+    "dapo": 'there is no "Answer:" line in the last 300 characters of any',
+    "math": 'math-verify finds no "Answer:" line, number or formula in any',
+}
 
 
 def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
@@ -792,16 +990,27 @@ def evaluate(sampler: Any, problems: list[Problem], cfg: EvalConfig, step: int =
     n, k, what_for = cfg.eval_samples, cfg.eval_k or cfg.eval_samples, (cfg.seed, "eval", step)
     groups = list(sample(sampler, problems, what_for, cfg, n, cfg.eval_temperature, cfg.eval_top_p))
     right = [sum(r.correct for r in group) for group in groups]
+    responses = [r for group in groups for r in group]
+    if all(EXTRACT[cfg.verifier](r.text) is None for r in responses):
+        is_cut = all(len(r.response_ids) == cfg.max_response for r in responses)
+        say(f"no response of this evaluation names an answer: {NO_ANSWER[cfg.verifier]}"
+            f"{', and all are cut at --max_response' if is_cut else ''}.")  # fmt: skip
     return {"eval/accuracy": fmean(right) / n, "eval/cons": fmean(majority_correct(g, cfg.verifier) for g in groups),
             "eval/pass": fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in right),  # unbiased for k < n
             "eval/response_length": fmean(len(r.response_ids) for g in groups for r in g)}, groups  # fmt: skip
 
 
 def majority_correct(group: list[Rollout], verifier: str) -> bool:
-    """Is the most frequent answer right? Responses without an answer do not vote; ties fall to the one seen first."""
+    """Is the most frequent answer right? Responses without an answer do not vote; ties fall to the one seen first.
+    With the verifier `math`, answers that are equal as mathematics are one answer."""
     answers = [EXTRACT[verifier](r.text) for r in group]
-    votes = [answer for answer in answers if answer is not None]
-    return bool(votes) and group[answers.index(max(votes, key=votes.count))].correct
+    votes = Counter(answer for answer in answers if answer is not None)
+    if verifier == "math":
+        counted, votes = votes, Counter()
+        for answer, count in counted.items():
+            same = next((known for known in votes if same_math(known, answer)), answer)
+            votes[same] += count
+    return bool(votes) and group[answers.index(max(votes, key=votes.get))].correct
 
 
 # ------------------------------------------------------------------------------ 11. Checkpoints, logs and signals

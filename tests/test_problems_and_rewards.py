@@ -2,8 +2,13 @@
 
 import itertools
 import json
+import math
+import os
+import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import shared_data, write_jsonl
 from transformers import AutoTokenizer
@@ -38,6 +43,51 @@ def test_wrong(text):
 
 def test_both_sides_are_normalised():
     assert verify("Answer: 1450000", "1,450,000") and verify(r"Answer: \frac12", r"\frac{1}{2}")
+
+
+MATH_VERDICTS = [  # ground truth, what stands after "Answer:", right
+    (r"2\pi", r"2\pi", True), ("2", r"2\pi", False), (r"2\pi", "2π", True), (r"2\pi", r"2\pi cm long", True),
+    ("5", r"\sqrt{7}", False), (r"\sqrt{7}", "√7", True), (r"\sqrt{7}", "sqrt(7)", True), ("3", r"\log_2 3", False),
+    (r"\{1,2\}", "{1, 2}", True), (r"\{1,2\}", "1 and 2", True), (r"\{1,2\}", "1", False), ("2", "1 or 2", False),
+    ("20", "20%", True), ("12.5", "12.5%", True), (r"50\%", "1/2", True), (r"50\%", "0.5%", False), ("20", "2%", False),
+    (r"\infty", "infinity", True), (r"\infty", "-infinity", False), (r"(-\infty, 2)", "(-∞, 2)", True),
+    ("12", "$12$ and done", True), ("12", "12 and done", True), ("12", "12 since 3 + 4 + 5 = 12", True),
+    ("12", "the result is 12", True), ("12", "12.", True), ("12", "**12**.", True), ("12", r"\(12\)", True),
+    ("12", r"\boxed{12}", True), ("12", "12 km/h", True), ("12", r"12~\text{cm}^2", True), ("12", "$12 per day", True),
+    ("12", "13", False), ("12", "", False), ("5", "", False), ("5", "**", False), ("5", "none", False),
+    (r"\frac{7}{2}", "3 1/2", True), (r"\frac{7}{2}", "3/2", False), ("0.5", r"$\frac12$", True), ("8", "2**3", True),
+    ("1,000,000", "$1000000$", True), (r"3 \times 10^8", "3·10^8", True), ("30^\\circ", "30°", True),
+    (r"(3, \frac{\pi}{2})", "(3, pi/2)", True), (r"(3, \frac{\pi}{2})", r"(\frac{\pi}{2}, 3)", False),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"$\begin{pmatrix}1\\2\end{pmatrix}$", True), (r"\pm 5", "x = ±5", True),
+    (r"\pm 5", "5", False), ("2x+1", "y = 2x + 1", True), (r"\theta", "theta", True),
+    (r"\text{Evelyn}", "Evelyn", True), ("Evelyn", r"\text{Evelyn}", True), (r"\text{Evelyn}", "Carla", False),
+    (r"\text{no solution}", "No solution.", True),
+    (r"[1,2)", "[1, 2)", True), (r"[1,2)", "[1, 2]", False), ("5", "__5__", True), ("x^2+1", "x² + 1", True),
+    ("12", "12 cm²", True), (r"[0, \infty)", "[0, inf)", True), ("12", "€12", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("truth, answer, right", MATH_VERDICTS, ids=str)
+def test_math_verify_grades_the_answer_line(truth, answer, right):
+    assert verify_math(f"From $x=5$ we get the length.\nAnswer: {answer}", truth) == right
+    assert verify_math(f"From $x=5$ we get the length.\n**Answer:** {answer}\n\nThis is it.", truth) == right
+
+
+def test_math_verify_reads_the_last_answer_line_even_if_it_is_a_display_or_empty():
+    assert verify_math("Answer: 7\nAnswer: 12", "12") and not verify_math("Answer: 12\nAnswer: 7", "12")
+    assert verify_math("**Final Answer:**\n\n\\[\n\\boxed{12}\n\\]", "12") and verify_math("Answer:\n$$\n12\n$$", "12")
+    assert verify_math("Answer: The final result is:\n\\[\n12\n\\]", "12")
+    assert verify_math("Answer: see below.\n\n$$\\boxed{12}$$", "12")
+    assert not verify_math("From $x=5$ we get the length.\nAnswer:", "5")
+    assert verify_math("Answer: 12" + " and so on" * 100, "12")
+    assert verify_math("Answer: We add" + " and add" * 100 + " and get 12.", "12")
+
+
+def test_math_verify_grades_endless_answer_lines_in_time():
+    start = time.perf_counter()
+    for endless in (". " * 30000 + "x", " " * 60000 + "x", "(" * 60000, "√" * 60000, "1 " * 30000, "ab" * 30000):
+        assert not verify_math(f"Answer: {endless}", "12")
+    assert time.perf_counter() - start < 5
 
 
 def test_math_verify_accepts_free_forms():
@@ -86,6 +136,34 @@ def test_repeated_prompts_are_dropped_and_counted(tmp_path, capsys):
     assert "4 of 6 rows" in capsys.readouterr().out
 
 
+def test_repeats_with_another_answer_are_counted(tmp_path, capsys):
+    rows = [{"prompt": "1+1=", "answer": answer} for answer in ("2", "2", "3", 2)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == ["2"]
+    assert "3 of 4 rows repeat an earlier prompt and were dropped; 1 of them have another" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train[1].jsonl", "[D]x/a.jsonl", "a=1/b.json", "a:b:c.jsonl", "x* ?!.jsonl",
+                                  "a b.JSONL", "k=v/a [0-9].parquet"])  # fmt: skip
+def test_the_file_that_is_named_is_read_as_it_is_now(tmp_path, name):
+    import datasets
+
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    write_jsonl(tmp_path / "train1.jsonl", [{"prompt": "other", "answer": "0"}])
+    datasets_cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cached = set(datasets_cache.rglob("*"))
+    for answer in ("1", "2"):  # of the same size and time
+        rows = [{"prompt": "named", "answer": answer}]
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        else:
+            write_jsonl(path, rows)
+        os.utime(path, (1e9, 1e9))
+        assert load_problems(str(path)) == [fipo.Problem("named", answer)]
+    assert set(datasets_cache.rglob("*")) == cached
+
+
 def test_gsm8k_and_aime_files():
     gsm8k = load_problems(shared_data("gsm8k/train.jsonl"))
     assert len(gsm8k) == 7473 and gsm8k[0].answer == "72" and "Natalia" in gsm8k[0].prompt[0]["content"]
@@ -99,6 +177,24 @@ def test_gsm8k_and_aime_files():
     ([{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}], "row 2 has no answer"),
     ([{"prompt": "a", "reward_model": {"style": "rule"}}], "row 1 has no reward_model"),
     ([{"prompt": "", "answer": "1"}], "row 1 has no prompt"),
+    ([{"prompt": "a", "answer": math.nan}], "row 1 has no answer"),
+    ([{"prompt": "a", "answer": math.inf}], "row 1 has no answer"),
+    ([{"prompt": "a", "answer": []}], "row 1 has no answer"),
+    ([{"prompt": "a", "answer": " "}], "row 1 has no answer"),
+    ([{"prompt": "a", "answer": ["1", "2"]}], "row 1: answer has the type list"),
+    ([{"prompt": "a", "answer": '["1", "2"]'}], "row 1: answer has the type list"),
+    ([{"prompt": "a", "answer": True}], "row 1: answer has the type bool"),
+    ([{"prompt": "a", "answer": 2.0**53}], "row 1 has the answer 9007199254740992.0, a float so large"),
+    ([{"prompt": "a", "reward_model": {"ground_truth": {"target": ["17"]}}}], "ground_truth has the type dict, but"),
+    ([{"prompt": "a", "reward_model": "{'ground_truth': '17'}"}], "row 1 has a reward_model that is text"),
+    ([{"prompt": "a", "reward_model": "17"}], "row 1 has no reward_model.ground_truth"),
+    ([{"prompt": "[{'role': 'user', 'content': 'a'}]", "answer": "1"}], "a prompt that looks like chat messages"),
+    ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}], "neither text nor chat messages"),
+    ([{"prompt": [{"role": "user"}], "answer": "1"}], "neither text nor chat messages"),
+    ([{"prompt": math.nan, "answer": "1"}], "neither text nor chat messages"),
+    ([{"prompt": "a", "answer": "1", "images": images} for images in ([], None, ["a.png"])], "row 3 has images: only"),
+    ([{"prompt": "a", "answer": "1", "video": "x.mp4", "image_1": "y"}], "row 1 has video and image_1: only problems"),
+    ([{"prompt": "\ud800", "answer": "1"}], "a.jsonl failed: .*surrogates not allowed"),
 ])  # fmt: skip
 def test_bad_rows_are_named(tmp_path, rows, said):
     write_jsonl(tmp_path / "a.jsonl", rows)
@@ -106,16 +202,22 @@ def test_bad_rows_are_named(tmp_path, rows, said):
         load_problems(str(tmp_path / "a.jsonl"))
 
 
+ROW = b'{"prompt": "a", "answer": "1"}\n'
 BAD_FILES = {
     "missing.jsonl": (None, "No such file"),
     "missing.parquet": (None, "No such file"),
     "empty.jsonl": (b"", "is empty"),
-    "blank.jsonl": (b"\n\n", "failed"),
-    "broken.jsonl": (b"{not json", "failed: JSON"),
+    "blank.jsonl": (b"\n\n", "is empty"),
+    "broken.jsonl": (b"{not json", "line 1 is not valid JSON: Expecting property name"),
     "broken.parquet": (b"not parquet", "failed"),
-    "latin.jsonl": (b'{"prompt": "caf\xe9", "answer": "1"}\n', "failed: .*utf-8"),
-    "late.jsonl": (b'{"prompt": "a", "answer": "1"}\n' * 5000 + b'{"prompt": "caf\xe9", "answer": "1"}\n', "utf-8"),
-    "cut.jsonl": (b'{"prompt": "a", "answer": "1"}\n' * 5000 + b'{"prompt": "b", "ans', "failed: JSON"),
+    "latin.jsonl": (b'{"prompt": "caf\xe9", "answer": "1"}\n', "line 1 .*utf-8"),
+    "late.jsonl": (ROW * 5000 + b'{"prompt": "caf\xe9", "answer": "1"}\n', "line 5001 .*utf-8"),
+    "cut.jsonl": (ROW * 5000 + b'{"prompt": "b", "ans', "line 5001 is not valid JSON"),
+    "cut.json": (ROW * 2 + b'{"prompt": "b", "ans', "line 3 is not valid JSON"),
+    "broken.json": (b'[{"prompt": "a",\n"answer": 1},\n{"prompt": "b" 1}]', "line 3 column 16"),
+    "empty.json": (b"[]", "is empty"),
+    "text.jsonl": (b'"a"\n', "row 1 is not an object"),
+    "notes.txt": (b"a", "is not a .jsonl, .json or .parquet file"),
 }
 
 
@@ -163,10 +265,67 @@ def test_the_first_problems_are_taken_and_long_prompts_dropped_and_counted(base,
         fipo.encode_problems(cfg.data, policy, cfg)
 
 
-def test_numbers_as_answers(tmp_path):
-    """A column with one float makes all its integers floats; 34 must not become "34.0"."""
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": 34}, {"prompt": "b", "answer": 0.5}])
-    assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == ["34", "0.5"]
+def test_answers_are_read_as_they_are_written(tmp_path):
+    """A column keeps the types of its rows: beside one float, 34 must not become "34.0" and 2⁵³+1 must stay odd."""
+    answers = [
+        (34, "34"), (0.5, "0.5"), (17.0, "17"), (2**53 + 1, "9007199254740993"), (0.00001, "0.00001"), (-0.0, "0"),
+        ("025", "025"), (["17"], "17"), ([[3.0]], "3"), ('["18"]', "18"), ("[0, 1]", "[0, 1]"), ("{1}", "{1}"),
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": str(i), "answer": a} for i, (a, _) in enumerate(answers)])
+    assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == [text for _, text in answers]
+
+
+def parquet(path: Path, answers: pyarrow.Array, column: str = "answer") -> str:
+    prompts = [str(i) for i in range(len(answers))]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompts, column: answers}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float32(), pyarrow.float64()])
+def test_floats_in_parquet_print_with_the_digits_of_their_type(tmp_path, kind):
+    values = pyarrow.array([0.1, 17, 1234567.125], kind)
+    read = ["0.1", "17", "1234567.1" if kind == pyarrow.float32() else "1234567.125"]
+    nested = pyarrow.array([{"ground_truth": [x]} for x in values.to_pylist()],
+                           pyarrow.struct([("ground_truth", pyarrow.list_(kind))]))  # fmt: skip
+    for source in (
+        parquet(tmp_path / "a.parquet", values),
+        parquet(tmp_path / "b.parquet", nested, "reward_model"),
+    ):
+        assert [p.answer for p in load_problems(source)] == read
+
+
+@pytest.mark.parametrize("values, said", [
+    (pyarrow.array([16777216], pyarrow.float32()), "row 1 has the answer 16777216.0, a float so large"),
+    (pyarrow.array([0.5, 2**53], pyarrow.float64()), "row 2 has the answer 9007199254740992.0, a float so large"),
+    (pyarrow.array([1, None], pyarrow.float64()), "row 2 has no answer"),
+    (pyarrow.array([math.nan], pyarrow.float32()), "row 1 has no answer"),
+    (pyarrow.array([b"17"]), "row 1: answer has the type bytes"),
+])  # fmt: skip
+def test_bad_answers_in_parquet_are_named(tmp_path, values, said):
+    with pytest.raises(FipoError, match=said):
+        load_problems(parquet(tmp_path / "a.parquet", values))
+
+
+def test_json_text_in_columns_is_decoded(tmp_path):
+    chat = [{"role": "user", "content": "2+2?"}]
+    write_jsonl(tmp_path / "a.jsonl", [
+        {"prompt": json.dumps(chat, indent=1), "reward_model": json.dumps({"ground_truth": 4, "style": "rule"})},
+        {"prompt": '{"role": 1} is a dict?', "answer": "yes", "images": None, "video": ""},
+        {"question": chat + chat, "answer": "1"},
+    ])  # fmt: skip
+    problems = load_problems(str(tmp_path / "a.jsonl"))
+    assert [p.prompt for p in problems] == [chat, '{"role": 1} is a dict?', chat + chat]
+    assert problems[0].answer == "4"
+
+
+@pytest.mark.parametrize("verifier", ["dapo", "math"])
+def test_answers_with_leading_zeros_are_reported_for_the_dapo_verifier(base, tmp_path, capsys, verifier):
+    answers = ["025", "$07$", "-03", "0", "0.5", ".05", "10", "-0.5"]
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"{i}+1=", "answer": a} for i, a in enumerate(answers)])
+    cfg = fipo.EvalConfig(model=base, data=str(tmp_path / "a.jsonl"), max_response=8, verifier=verifier)
+    fipo.encode_problems(cfg.data, fipo.Policy(base, cfg), cfg)
+    line = "3 of 8 answers begin with 0, which the dapo verifier compares as text: use --verifier math"
+    assert (line in capsys.readouterr().out) == (verifier == "dapo")
 
 
 def test_the_stream_of_problems_shows_each_once_an_epoch_and_can_be_entered_anywhere():

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import random
+import time
 from array import array
 from types import SimpleNamespace
 
@@ -297,6 +298,48 @@ def test_majority_vote():
     assert fipo.majority_correct(group("", "", "1"), "dapo")  # no answer, no vote
     assert not fipo.majority_correct(group("", ""), "dapo")
     assert fipo.majority_correct(group("1", "2"), "dapo") and not fipo.majority_correct(group("2", "1"), "dapo")  # ties
+
+
+def test_majority_vote_counts_equal_mathematics_together_with_the_math_verifier():
+    def group(truth, *texts):
+        return [Rollout(Problem("", truth), text=t, correct=fipo.verify_math(t, truth)) for t in texts]
+
+    texts = [r"\boxed{7}", r"\boxed{7}", "so $x=25$", "Answer: 25.", r"\boxed{25}", "It is **25**."]
+    assert fipo.majority_correct(group("25", *texts), "math") and not fipo.majority_correct(group("7", *texts), "math")
+    texts = ["Answer: 1/3", "Answer: 1/3", "Answer: 1/2", "Answer: 0.5", r"Answer: 50\%", "hm", "hm", "hm", "hm"]
+    assert fipo.majority_correct(group("0.5", *texts), "math")
+    texts = ["Answer: (x-1)(x+1)", "Answer: y", "Answer: y", "Answer: x^2-1", r"\boxed{-1+x^2}"]
+    assert fipo.majority_correct(group("x^2-1", *texts), "math")
+    texts = ["Answer: 1, 2", "Answer: {2, 1}", "Answer: Evelyn", r"Answer: \text{evelyn}", "Answer: evelyn"]
+    assert fipo.majority_correct(group(r"\text{Evelyn}", *texts), "math")
+    assert not fipo.majority_correct(group("1", "hm"), "math")
+
+
+def test_majority_vote_over_32_different_expressions_is_fast():
+    group = [Rollout(Problem("", "1"), text=f"Answer: $x^2+{i}\\sqrt{{{i + 1}}}y$") for i in range(1, 33)]
+    start = time.perf_counter()
+    fipo.majority_correct(group, "math")
+    assert time.perf_counter() - start < 3, "comparing all pairs with math-verify takes 6 s"
+
+
+@pytest.mark.parametrize("verifier, text, said", [
+    ("dapo", r"\boxed{1}", 'there is no "Answer:" line in the last 300 characters of any, and all are cut'),
+    ("math", "hm", 'math-verify finds no "Answer:" line, number or formula in any, and all are cut'),
+    ("dapo", "Answer: 2", None),
+    ("math", "2", None),
+])  # fmt: skip
+def test_evaluate_reports_that_no_response_names_an_answer(monkeypatch, capsys, verifier, text, said):
+    rollouts = [Rollout(Problem("", "1"), array("i", [1, 2]), text=text) for _ in range(2)]
+    monkeypatch.setattr(fipo, "sample", lambda *_: iter([rollouts]))
+    for max_response in (2, 3):
+        cfg = fipo.EvalConfig(eval_samples=2, verifier=verifier, max_response=max_response)
+        fipo.evaluate(None, [rollouts[0].problem], cfg)
+        out = capsys.readouterr().out
+        if said:
+            assert "no response of this evaluation names an answer" in out
+            assert (said in out) == (max_response == 2)
+        else:
+            assert out == ""
 
 
 def test_evaluate_reports_avg_cons_pass_and_length(base, sums):
