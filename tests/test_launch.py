@@ -24,12 +24,12 @@ host=$1; shift; command=$*
 [[ $command == *"fipo.py train"* ]] && command="${command%%cd /*} env -0 >'SEEN'/$host"
 exec env -i bash -c "$command"
 """
-PDSH = """#!/bin/bash
+PDSH = r"""#!/bin/bash
+# In a command, %n is the number of the host, %h its name and %% a percent sign.
 while [[ $1 != -w ]]; do shift; done
 hosts=${2//,/ }; shift 2; number=0; status=0
 for host in $hosts; do
-  command=${*//%n/$number}
-  ssh "$host" "${command//%%/%}" || status=$?
+  ssh "$host" "$(sed "s/%%/\a/g; s/%n/$number/g; s/%h/$host/g; s/\a/%/g" <<<"$*")" || status=$?
   number=$((number + 1))
 done
 exit $status
