@@ -1,15 +1,21 @@
-"""The plan: is every argument valid, what fits where, how long does a step take? No GPU and no weights are needed.
+"""Checks the settings of a run and prints how much memory and time it takes. It needs no GPU and no weights.
 
-train_32b.sh asks it before every start, so that what cannot run is refused in one sentence, and not by every process on
-every node. By hand it takes the settings of `fipo.py train`; without --deepspeed and GPUS, it is the memory of one
-device with plain torch that it tells:
+train_32b.sh runs it before every start, so that a run that cannot work is refused in one sentence, and not by every
+process on every node. It also refuses a run that does not fit, after printing the plan. By hand it takes the settings
+of `fipo.py train`. Without --deepspeed and GPUS, it prints the memory of one device with plain torch.
 
   GPUS=64 python scripts/plan.py --model Qwen/Qwen2.5-32B --data BytedTsinghua-SIA/DAPO-Math-17k --out runs/fipo-32b \\
       --deepspeed ds_config.json --sampler vllm --tensor_parallel 4 --vllm_memory 0.7 \\
       --tokens_per_micro_batch 22528 --gradient_checkpointing true
 
-GPUS is the number of GPUs (8). What a step will be like is not known before it is run. These are assumptions, not
-measurements; set your own in the environment:
+The hardware is read from the environment:
+
+  GPUS           number of GPUs (8)
+  GPUS_PER_NODE  GPUs that share the host memory of one node (8)
+  GPU_GIB        memory of one GPU in GiB (79, an 80 GB card)
+
+The time of a step cannot be known before it is run. These are assumptions, not measurements. Set your own in the
+environment:
 
   MFU      share of the H100's bfloat16 FLOP/s that scoring and updates reach (0.35)
   DECODE   tokens/s that vLLM decodes, per GPU (600)
@@ -24,6 +30,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +41,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fipo  # noqa: E402
 
-GPU_GIB, CUDA_GIB = 79.0, 4.0  # an 80 GB card; its context, NCCL and what a sleeping vLLM keeps (assumed)
+GPU_GIB = 79.0  # an 80 GB card; the environment can name another size
+CUDA_GIB = 4.0  # the CUDA context, NCCL and what a sleeping vLLM keeps (assumed)
 VLLM_GIB = 3.0  # vLLM's own activations and CUDA graphs (assumed)
 PEAK, LINK = 989e12, 50e9  # bf16 FLOP/s of an H100; bytes/s of its 400 Gbit/s network port
 GIB, BILLION = 2**30, 1e9
@@ -57,11 +65,21 @@ def number(name: str, default: float) -> float:
     return value
 
 
-def gpus_asked_for() -> int:
-    """GPUS from the environment."""
-    gpus = number("GPUS", 8)
-    fipo.require(gpus.is_integer(), f"GPUS is {gpus}: it must be a whole number.")
-    return int(gpus)
+def whole_number(name: str, default: int) -> int:
+    """A positive whole number from the environment."""
+    value = number(name, default)
+    fipo.require(value.is_integer(), f"{name} is {value}: it must be a whole number.")
+    return int(value)
+
+
+def gpu_gib() -> float:
+    """Memory of one GPU in GiB."""
+    return number("GPU_GIB", GPU_GIB)
+
+
+def is_local(source: str) -> bool:
+    """Is this a path on this machine, and not the name of a data set on the hub?"""
+    return Path(source).suffix.lower() in (".jsonl", ".json", ".parquet") or Path(source).exists()
 
 
 def shape_of(model: str) -> tuple[PreTrainedConfig, int]:
@@ -102,9 +120,9 @@ def check_deepspeed(path: str) -> dict[str, Any]:
 
 
 def check_data(cfg: fipo.Config) -> None:
-    """Local files are read; names on the hub are not asked for."""
+    """Read the local files. Names on the hub are not looked up."""
     for source in filter(None, (cfg.data, cfg.eval_data)):
-        if Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists():
+        if is_local(source):
             fipo.load_problems(source)
 
 
@@ -144,10 +162,10 @@ def gathered(config: PreTrainedConfig, zero: dict[str, Any]) -> int:
     return 2 * (numbers + 2 * config.vocab_size * config.hidden_size) + 4 * 2 * zero["reduce_bucket_size"]
 
 
-def kv_per_token(config: PreTrainedConfig) -> int:
-    """Bytes of a token in vLLM's cache: a bf16 key and value per layer and key-value head."""
+def kv_per_token(config: PreTrainedConfig, number_bytes: int = 2) -> int:
+    """Bytes of a token in a cache: a key and a value per layer and key-value head, in vLLM in bfloat16."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    return number_bytes * 2 * config.num_hidden_layers * config.num_key_value_heads * head
 
 
 def forward_flops(config: PreTrainedConfig, parameters: int, length: float) -> float:
@@ -159,21 +177,74 @@ def forward_flops(config: PreTrainedConfig, parameters: int, length: float) -> f
 def fits(
     cfg: fipo.Config, config: PreTrainedConfig, parameters: int, gpus: int, zero: dict[str, Any], offload: bool
 ) -> tuple[float, float, float, bool]:
-    """Does training fit while vLLM sleeps, and vLLM beside what training holds?
+    """Whether training fits while vLLM sleeps, and vLLM fits beside what training holds.
 
-    Returns the bytes of training, of sampling and of an engine's KV cache on one GPU, and the answer.
+    Returns the bytes of training, of sampling and of an engine's KV cache on one GPU, and whether everything fits.
     """
     held = 0.0 if offload else sum(states(parameters, gpus))
     saved, layer = activations(config, cfg.tokens_per_micro_batch)
     training = held + gathered(config, zero) + saved + max(layer, logits(config))
-    sampling = held + cfg.vllm_memory * GPU_GIB * GIB
-    cache = (cfg.vllm_memory * GPU_GIB - VLLM_GIB) * GIB - 2 * parameters / cfg.tensor_parallel
-    room = (GPU_GIB - CUDA_GIB) * GIB
-    enough = cache * cfg.tensor_parallel > (cfg.max_prompt + cfg.max_response) * kv_per_token(config)
+    sampling = held + cfg.vllm_memory * gpu_gib() * GIB
+    cache = (cfg.vllm_memory * gpu_gib() - VLLM_GIB) * GIB - 2 * parameters / cfg.tensor_parallel
+    room = (gpu_gib() - CUDA_GIB) * GIB
+    enough = cached_tokens(cfg, config, cache) > cfg.max_prompt + cfg.max_response
     return training, sampling, cache, max(training, sampling) < room and enough
 
 
+def cached_tokens(cfg: fipo.Config, config: PreTrainedConfig, cache: float) -> float:
+    """Tokens that the KV cache of an engine holds, if each of its GPUs has `cache` bytes for it."""
+    return max(cache, 0) * cfg.tensor_parallel / kv_per_token(config)
+
+
+def host_gib(parameters: int, gpus: int) -> float:
+    """GiB of host memory per node that OFFLOAD=1 takes: weights, gradients and optimiser of the node's GPUs."""
+    node = min(gpus, whole_number("GPUS_PER_NODE", 8))
+    return node * sum(states(parameters, gpus)) / GIB
+
+
+def check_fit(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, gpus: int, zero: dict[str, Any]) -> None:
+    """Refuse a run that does not fit, and name every single change that would make it fit."""
+    training, sampling, cache, fit = fits(cfg, config, parameters, gpus, zero, cfg.offload)
+    if fit:
+        return
+    room = gpu_gib() - CUDA_GIB
+    tokens, longest = cached_tokens(cfg, config, cache), cfg.max_prompt + cfg.max_response
+    reasons = []
+    if training / GIB >= room:
+        reasons.append(f"training needs {training / GIB:.1f} GiB per GPU")
+    if sampling / GIB >= room:
+        reasons.append(f"sampling needs {sampling / GIB:.1f} GiB per GPU")
+    if tokens <= longest:
+        reasons.append(f"the KV cache of an engine holds {tokens:.0f} tokens but a response may need {longest}")
+
+    def would_fit(changed: fipo.Config, gpus: int = gpus) -> bool:
+        return fits(changed, config, parameters, gpus, zero, changed.offload)[-1]
+
+    changes = []
+    if would_fit(replace(cfg, offload=True)):
+        changes.append(f"OFFLOAD=1 with {host_gib(parameters, gpus):.0f} GiB of host memory per node")
+    node = whole_number("GPUS_PER_NODE", 8)
+    nodes = next((n for n in range(gpus // node + 1, 129) if would_fit(cfg, n * node)), None)
+    if nodes:
+        changes.append(f"{nodes} nodes of {node} GPUs")
+    shares = (percent / 100 for percent in range(95, 0, -5))
+    share = next((share for share in shares if would_fit(replace(cfg, vllm_memory=share))), None)
+    if share:
+        changes.append(f"--vllm_memory {share}")
+    advice = "use " + ", or ".join(changes)
+    if not changes:
+        advice = ("it would not fit with OFFLOAD=1, with more nodes or with another --vllm_memory either, so lower "
+                  "--tokens_per_micro_batch or --max_response, or raise --tensor_parallel (TP)")  # fmt: skip
+    raise fipo.FipoError(f"{cfg.model} does not fit on {gpus} GPUs of {gpu_gib():.0f} GiB, of which {room:.0f} can be "
+                         f"used: {', and '.join(reasons)}; {advice}.")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------- one device
+
+
+# Bytes of a key or a value in the cache of HFSampler. It is float32 under autocast too: rotary embeddings make the keys
+# float32, and the cache converts the values to the type of the keys.
+SAMPLER_NUMBER = 4
 
 
 def passes(config: PreTrainedConfig, parameters: int, tokens: int, chunk: int, bf16: bool, recomputed: bool) -> float:
@@ -195,9 +266,9 @@ def one_device(cfg: fipo.Config, config: PreTrainedConfig, parameters: int) -> N
     chunk = min(tokens * cfg.max_response // whole, 1024)
     held, beside = 12 * parameters, passes(config, parameters, tokens, chunk, bf16, cfg.gradient_checkpointing)
     rows = min(cfg.rollout_rows, cfg.prompts_per_round * cfg.group_size)
-    cache = rows * whole * kv_per_token(config) * (1.5 if bf16 else 2)  # under autocast, keys are float32
+    cache = rows * whole * kv_per_token(config, SAMPLER_NUMBER)
     drawn = 28 * rows * config.vocab_size  # logits, log-probs, and their cumulated sum in float64
-    drawn += 2 * parameters if bf16 else 0  # autocast's copy of the weights
+    drawn += 2 * parameters if bf16 else 0  # the bfloat16 copy of the weights that autocast holds
     kept = "an input a layer, the layer being recomputed" if cfg.gradient_checkpointing else "of all layers"
     print(f"""Memory in GiB on one device with plain torch, in {"bfloat16" if bf16 else "float32"}
   weights 4P, AdamW's moments 8P         = {held / GIB:5.1f}       float32
@@ -216,7 +287,7 @@ CUDA's own, and what torch keeps in reserve, comes on top: leave a tenth.""")
 def print_memory(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, zero: dict[str, Any]) -> None:
     """What a GPU holds, whatever their number."""
     saved, layer = activations(config, cfg.tokens_per_micro_batch)
-    share, weights = cfg.vllm_memory * GPU_GIB, 2 * parameters / cfg.tensor_parallel / GIB
+    share, weights = cfg.vllm_memory * gpu_gib(), 2 * parameters / cfg.tensor_parallel / GIB
     terms = [
         ("activations 2·L·T·H", saved, f"one input a layer, T = {cfg.tokens_per_micro_batch} tokens"),
         ("          + T·(24H + 12I)", layer, "the layer that is recomputed"),
@@ -225,7 +296,7 @@ def print_memory(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, ze
         ("vLLM's share", share * GIB, f"--vllm_memory {cfg.vllm_memory}: weights 2P/TP = {weights:.1f}, "
          f"{VLLM_GIB:.0f} of its own, the rest KV cache"),
     ]  # fmt: skip
-    print(f"Memory in GiB per GPU of {GPU_GIB:.0f} GiB, {CUDA_GIB:.0f} of them left to CUDA, NCCL and a sleeping vLLM")
+    print(f"Memory in GiB per GPU of {gpu_gib():.0f} GiB; {CUDA_GIB:.0f} are left to CUDA, NCCL and a sleeping vLLM")
     print("  weights 2P/N, gradients 4P/N, optimiser 12P/N            bf16; float32; float32 master and two moments")
     for name, size, what in terms:
         print(f"  {name:<42} = {size / GIB:5.1f}       {what}")
@@ -235,19 +306,18 @@ sampling = weights + gradients + optimiser + vLLM's share""")
 
 
 def print_fit(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, gpus: int, zero: dict[str, Any]) -> None:
-    """A row for each number of GPUs: does it fit there?"""
+    """Print a row for each number of GPUs that says whether the run fits there."""
     print("GPUs N  weights  gradients  optimiser | training  sampling | KV cache of an engine | fits   with OFFLOAD=1")
     for n in sorted({8, 16, 32, 64, 128, gpus}):
         weights, gradients, optimiser = (size / GIB for size in states(parameters, n))
         training, sampling, cache, fit = fits(cfg, config, parameters, n, zero, cfg.offload)
         *_, fit_offloaded = fits(cfg, config, parameters, n, zero, True)
-        tokens = max(cache, 0) * cfg.tensor_parallel / kv_per_token(config)
+        tokens = cached_tokens(cfg, config, cache)
         print(f"{n:6}{weights:9.1f}{gradients:11.1f}{optimiser:11.1f} |{training / GIB:9.1f}{sampling / GIB:10.1f} |"
               f"{tokens:15,.0f} tokens |{'yes' if fit else 'no':>5}{'yes' if fit_offloaded else 'no':>15}")  # fmt: skip
-    node = min(gpus, 8)
-    in_host, on_disk = 18 * parameters / gpus * node / GIB, 14 * parameters / BILLION
+    node, on_disk = min(gpus, whole_number("GPUS_PER_NODE", 8)), 14 * parameters / BILLION
     print(f"""
-With OFFLOAD=1 a node's hosts hold 18P/N per GPU: {in_host:.0f} GiB per node of {node}.
+OFFLOAD=1 moves 18P/N per GPU into host memory: {host_gib(parameters, gpus):.0f} GiB per node of {node} GPUs.
 A checkpoint is 14P = {on_disk:.0f} GB on disk: the optimiser's 12P and the weights as a Hugging Face folder; \
 two are kept.
 """)
@@ -296,7 +366,7 @@ def settings_of(argv: list[str]) -> fipo.Config:
 def plan(argv: list[str]) -> None:
     cfg = settings_of(argv)
     alone = not cfg.deepspeed and "GPUS" not in os.environ
-    gpus = 1 if alone else gpus_asked_for()
+    gpus = 1 if alone else whole_number("GPUS", 8)
     zero = {} if alone else check_deepspeed(cfg.deepspeed)
     check_data(cfg)
     config, parameters = shape_of(cfg.model)
@@ -310,6 +380,7 @@ model        {cfg.model}: {parameters / BILLION:.2f} billion parameters, P; {con
     print_memory(cfg, config, parameters, zero)
     print_fit(cfg, config, parameters, gpus, zero)
     print_step(cfg, config, parameters, gpus)
+    check_fit(cfg, config, parameters, gpus, zero)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, ZERO_3, environment
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3Config, GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
 import fipo
 
@@ -50,6 +50,44 @@ def test_dry_run_refuses_what_cannot_run(words, env, said):
     assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("words, env, said", [
+    ([], {},
+     "on 8 GPUs of 79 GiB, of which 75 can be used: training needs 100.4 GiB per GPU, and sampling needs 124.0 GiB per "
+     "GPU; use OFFLOAD=1 with 549 GiB of host memory per node, or 4 nodes of 8 GPUs."),
+    ([], {"NNODES": "2"},
+     "on 16 GPUs of 79 GiB, of which 75 can be used: sampling needs 89.6 GiB per GPU; use OFFLOAD=1 with 275 GiB of "
+     "host memory per node, or 4 nodes of 8 GPUs, or --vllm_memory 0.5."),
+    ([], {"GPU_GIB": "139"},
+     "on 8 GPUs of 139 GiB, of which 135 can be used: sampling needs 166.0 GiB per GPU; use OFFLOAD=1 with 549 GiB of "
+     "host memory per node, or 2 nodes of 8 GPUs, or --vllm_memory 0.45."),
+    (["--vllm_memory", "0.2"], {"OFFLOAD": "1"},
+     "the KV cache of an engine holds 0 tokens but a response may need 22528; use --vllm_memory 0.9."),
+    (["--tokens_per_micro_batch", "100000"], {},
+     "it would not fit with OFFLOAD=1, with more nodes or with another --vllm_memory either, so lower "
+     "--tokens_per_micro_batch or --max_response, or raise --tensor_parallel (TP)."),
+])  # fmt: skip
+def test_a_run_that_does_not_fit_is_refused_after_its_plan(words, env, said):
+    done = dry_run(*words, **env)
+    assert done.returncode == 1
+    assert "A step on" in done.stdout, "the whole plan is printed first"
+    assert done.stderr.startswith("fipo: Qwen/Qwen2.5-32B does not fit ") and done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("env", [{"OFFLOAD": "1"}, {"NNODES": "4"}])
+def test_a_run_that_fits_is_not_refused(env):
+    done = dry_run(**env)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_the_hostfile_tells_the_gpus_and_how_many_share_a_host(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=4\n# node2 slots=8\nnode3 slots=4\n")
+    done = dry_run(HOSTFILE=str(hosts), OFFLOAD="1")
+    assert done.returncode == 0 and "A step on 8 GPUs" in done.stdout, done.stderr
+    assert "275 GiB per node of 4 GPUs" in done.stdout
+
+
 @pytest.mark.parametrize("change, said", [
     (dict(stage=2), "zero_optimization.stage is 2, it must be 3"),
     (dict(stage=9), "checking .* failed: 1 validation error"),
@@ -71,6 +109,7 @@ BY_HAND = (
     ("", {"GPUS": "many"}, "reading GPUS from the environment failed"),
     ("", {"GPUS": "0"}, "GPUS is 0: it must be more than 0"),
     ("", {"GPUS": "1.5"}, "GPUS is 1.5: it must be a whole number"),
+    ("", {"GPU_GIB": "80GB"}, "reading GPU_GIB from the environment failed"),
     ("", {"KEPT": "0"}, "KEPT is 0: it must be more than 0"),
     ("--tensor_parallel 3", {}, "--tensor_parallel 3 does not divide the 8 GPUs"),
     ("--gradient_checkpointing false", {}, "without --gradient_checkpointing nothing of this size fits"),
@@ -88,7 +127,7 @@ def test_plan_by_hand_refuses_what_cannot_run(base, sums, monkeypatch, words, en
 
 
 def test_plan_by_hand_from_any_folder(base, sums, tmp_path):
-    """For 8 GPUs where GPUS does not say another number; --help tells of that and of what is assumed."""
+    """For 8 GPUs where GPUS does not say another number; --help names GPUS and the assumptions."""
     pytest.importorskip("deepspeed")
     script = [sys.executable, str(ROOT / "scripts" / "plan.py")]
     by_hand = BY_HAND.format(base=base, sums=sums, zero=ZERO_3).split() + ["--gradient_checkpointing", "true"]
@@ -97,7 +136,8 @@ def test_plan_by_hand_from_any_folder(base, sums, tmp_path):
         assert done.returncode == 0 and f"A step on {gpus} GPUs" in done.stdout, done.stderr
         assert ("\n    24 " in done.stdout) == (gpus == 24)
     told = subprocess.run([*script, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True).stdout
-    assert all(f"\n  {name} " in told for name in ("MFU", "DECODE", "LENGTH", "KEPT")) and "GPUS is the number" in told
+    names = ("GPUS", "GPUS_PER_NODE", "GPU_GIB", "MFU", "DECODE", "LENGTH", "KEPT")
+    assert all(f"\n  {name} " in told for name in names)
     assert "--group_size" in told and "(default: 16)" in told
 
 
@@ -177,6 +217,20 @@ def test_plan_s_bytes_of_a_pass_with_plain_torch_are_the_measured_peak(shape, re
 
     parameters = sum(p.numel() for p in model.parameters())
     assert plan.passes(config, parameters, tokens, chunk, bf16, recomputed) == pytest.approx(peak(run), rel=0.15)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_plan_s_bytes_of_the_sampler_s_cache_are_those_it_holds(bf16):
+    """Keys and values, of the prompt and of a decoded token, are float32 under autocast too."""
+    config = Qwen2Config(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=64,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model, cache, rows = Qwen2ForCausalLM(config).eval(), DynamicCache(config=config), 3
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(input_ids=torch.zeros(rows, 5).long(), past_key_values=cache)
+        model(input_ids=torch.zeros(rows, 1).long(), past_key_values=cache)
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert {tensor.dtype for tensor in held} == {torch.float32}
+    assert sum(tensor.nbytes for tensor in held) == rows * 6 * plan.kv_per_token(config, plan.SAMPLER_NUMBER)
 
 
 def test_plan_of_one_device(base, sums, capsys):
