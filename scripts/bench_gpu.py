@@ -268,9 +268,9 @@ def measure_step(say: Note, size: Size, work: Path) -> None:
     cfg, right, firsts = random_model(work / "step", size), itertools.cycle((True, False)), []
     check = fipo.check_first_update
 
-    def seen(metrics: dict[str, float], tolerance: float, tau: float) -> None:
+    def seen(metrics: dict[str, float], tolerance: float) -> None:
         firsts.append(metrics | {"tolerance": tolerance})
-        check(metrics, tolerance, tau)
+        check(metrics, tolerance)
 
     with (
         mock.patch.dict(fipo.VERIFY, dapo=lambda *_: next(right)),  # random tokens never are; every other one shall be

@@ -1,6 +1,5 @@
 """Rollouts, log-probs and evaluation: one policy, seen by the sampler and by the trainer."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -78,20 +77,6 @@ def test_how_many_rows_are_decoded_at_a_time_changes_nothing(policy, problems):
     for rows in (4, 8):
         again = generate(policy, problems, rows=rows)
         assert [[r.response_ids for r in g] for g in again] == [[r.response_ids for r in g] for g in groups]
-
-
-def test_autocast_is_entered_once_for_a_batch_of_responses(policy, problems, monkeypatch):
-    """At every exit it forgets the weights it has converted: once a token, all of them are converted anew each time."""
-    entered = []
-
-    @contextlib.contextmanager
-    def counted():
-        entered.append("in")
-        yield
-
-    monkeypatch.setattr(policy, "autocast", counted)
-    (group,) = HFSampler(policy).generate(problems[:1], [1], 4, 24, 1.0, 1.0)
-    assert max(len(r.response_ids) for r in group) > 4 and len(entered) == 1
 
 
 def test_a_model_of_several_parts_is_read_sampled_and_trained(tmp_path):
