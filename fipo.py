@@ -50,8 +50,8 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import threading
+import time
 import warnings
 import zlib
 from array import array
@@ -857,8 +857,8 @@ class Run:
                 file.write_text(self.wandb.id)
 
     def check_settings(self, checkpoint: str) -> None:
-        """Refuse to resume with settings that differ from config.json, except MAY_CHANGE. The folder of the run may have
-        been moved: paths inside --out are compared relative to it."""
+        """Refuse to resume with settings that differ from config.json, except MAY_CHANGE. The run may have been moved:
+        paths inside --out are compared relative to it."""
 
         def value(settings: dict[str, Any], name: str) -> str:
             return re.sub(f"^{re.escape(settings['out'].rstrip('/'))}/", "--out/", str(settings[name]))
@@ -870,7 +870,7 @@ class Run:
         with explain(f"reading {path} (if it is damaged, remove it, and settings are not compared)"):
             old = json.loads(path.read_text(), parse_constant=str)
             new = as_json(self.cfg)
-            names = sorted(new.keys() & old.keys() - set(MAY_CHANGE))
+            names = [name for name in new if name not in MAY_CHANGE]
             changed = [name for name in names if old[name] != new[name] and value(old, name) != value(new, name)]
         changes = "; ".join(f"--{name} was {old[name]!r} and is now {new[name]!r}" for name in changed)
         require(not changed, f"{self.out} cannot be resumed with other settings: {changes}. Give the old values, "
@@ -934,7 +934,7 @@ class Run:
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             if interrupted and self.step == 0:
-                say(f"interrupted before step 1 was done, so there is nothing to save; --resume starts {self.out} anew.")
+                say(f"interrupted before step 1 was done: there is nothing to save in {self.out}.")
             elif self.whole and (world() == 1 or interrupted or isinstance(error, FipoError)):
                 self.save()
                 say(f"saved step {self.step} in {self.out}/checkpoints; --resume goes on from there.")
@@ -1236,8 +1236,10 @@ def one_clear_sentence() -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is told once, at the end
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed seeks one
 
-    def end(sentence: str) -> None:  # in full on rank 0; the beginning on others, which may have another reason
-        sys.exit(f"fipo: {sentence}" if rank() == 0 else f"fipo: rank {rank()}: {textwrap.shorten(sentence, 50)}")
+    def end(sentence: str) -> None:
+        if rank() > 0:  # If rank 0 made the same mistake, its launcher ends this rank meanwhile: it is reported once.
+            time.sleep(10)
+        sys.exit(f"fipo: {sentence}" if rank() == 0 else f"fipo: rank {rank()}: {sentence}")
 
     try:
         yield
