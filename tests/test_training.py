@@ -672,7 +672,9 @@ def test_only_a_resumed_run_continues_its_curve(small, monkeypatch):
     fipo.train(dataclasses.replace(cfg, steps=2, resume=True))
     shutil.move(cfg.out, cfg.out + "-moved")
     fipo.train(dataclasses.replace(cfg, out=cfg.out + "-moved", steps=3, resume=True))
-    fipo.train(cfg)  # another run in the place of the first
+    Path(cfg.out).mkdir()
+    shutil.copy(cfg.out + "-moved/wandb_id.txt", cfg.out)
+    fipo.train(cfg)  # another run in the place of the first, of which the logs were removed
     assert wandb.runs == ["random-0", "random-0", "random-0", "random-3"]
 
 
