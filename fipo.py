@@ -52,6 +52,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 import zlib
 from array import array
@@ -110,11 +111,11 @@ class Config(EvalConfig):  # of `fipo.py train`: the paper's 32B recipe, but for
     algorithm: Literal["grpo", "dapo", "fipo"] = arg("fipo", "preset; settings given explicitly win over it")
     eval_data: str = arg("", "evaluation problems, as --data; none: no evaluation")
     steps: int = arg(400, "batches of rollouts to train on")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out")
+    resume: bool = arg(False, "continue from the newest checkpoint in --out, if there is one, with the same settings")
     group_size: int = arg(16, "responses per prompt, G")
     prompts_per_batch: int = arg(512, "prompts per rollout batch")
     prompts_per_round: int = arg(0, "prompts sampled per generation round (0: as prompts_per_batch; paper: 2048)")
-    max_gen_rounds: int = arg(10, "generation rounds after which dynamic sampling gives up")
+    max_gen_rounds: int = arg(10, "generation rounds of a step after which a run without a signal gives up")
     dynamic_sampling: bool | None = arg(None, "keep only groups with accuracy strictly between 0 and 1")
     temperature: float = arg(1.0, "sampling temperature, applied to the trainer's logits too")
     overlong_buffer: int | None = arg(None, "the last so many tokens before max_response are penalised (0: off)")
@@ -139,6 +140,11 @@ class Config(EvalConfig):  # of `fipo.py train`: the paper's 32B recipe, but for
     log_samples: int = arg(3, "responses written to samples.jsonl per step")
     wandb: str = arg("", "Weights & Biases project; empty: off")
 
+
+# What --resume may change: these settings do not change what is learned, and the numbers only by rounding.
+MAY_CHANGE = """steps out resume max_gen_rounds eval_data eval_every eval_samples eval_k eval_temperature eval_top_p
+save_every log_samples wandb rollout_rows tokens_per_micro_batch gradient_checkpointing vllm_memory tensor_parallel
+deepspeed""".split()
 
 DAPO = dict(weight_range=[1.0, 1.0], clip_high=0.28, dual_clip=10.0, loss_mean="token", dynamic_sampling=True,
             overlong_buffer=4096)  # fmt: skip
@@ -998,28 +1004,39 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 
 def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: int,
                      cursor: int) -> tuple[list[list[Rollout]], dict[str, float], int]:  # fmt: skip
-    """Dynamic sampling: rounds of fresh prompts until enough groups have an accuracy strictly between 0 and 1.
-    Returns the groups, statistics of all up to the last one kept, and the place in the data behind it."""
+    """Rounds of fresh prompts until a batch of groups with rewards carries a signal. Dynamic sampling keeps only groups
+    with an accuracy strictly between 0 and 1. Without it, a batch is skipped if all rewards of every group are equal.
+    Returns the groups, statistics of all groups sampled up to the last one kept, and the next place in the data."""
     groups: list[list[Rollout]] = []
-    accuracies, lengths, rounds = [], [], cfg.max_gen_rounds if cfg.dynamic_sampling else 1
-    for i in range(1, rounds + 1):
+    accuracies, lengths = [], []
+    for i in range(1, cfg.max_gen_rounds + 1):
         drawn = draw_problems(problems, cursor + len(accuracies), cfg.prompts_per_round, cfg.seed)
         for group in sample(sampler, drawn, (cfg.seed, "rollout", step, i), cfg, cfg.group_size, cfg.temperature, 1.0):
             accuracies.append(fmean(r.correct for r in group))
             lengths += [len(r.response_ids) for r in group]
             if not cfg.dynamic_sampling or 0 < accuracies[-1] < 1:
                 groups.append(group)
-            if len(groups) == cfg.prompts_per_batch:
+            if len(groups) < cfg.prompts_per_batch:
+                continue
+            assign_rewards(groups, cfg)  # 4
+            if any(r.reward != group[0].reward for group in groups for r in group):
                 stats = {"accuracy": fmean(accuracies), "gen_rounds": i, "response_length/mean": fmean(lengths),
                          "response_length/max": max(lengths), "tokens": sum(lengths)}  # fmt: skip
                 return groups, stats, cursor + len(accuracies)
-    raise NoSignal(f"step {step}: after {rounds} rounds only {len(groups)} of {len(accuracies)} groups hold both right "
-                   f"and wrong answers, {cfg.prompts_per_batch} are needed; accuracy seen: {fmean(accuracies):.1%}. "
+            say(f"step {step}: skipped a batch of {len(groups)} groups, because all rewards of every group are equal.")
+            groups = []
+    cause = "in every group all rewards are equal"
+    if cfg.dynamic_sampling:
+        cause = (f"only {len(groups)} of {len(accuracies)} groups hold both right and wrong answers, "
+                 f"{cfg.prompts_per_batch} are needed")  # fmt: skip
+    raise NoSignal(f"step {step}: after {cfg.max_gen_rounds} rounds {cause}; accuracy seen: {fmean(accuracies):.1%}. "
                    f"Give {'harder' if fmean(accuracies) > 0.5 else 'easier'} problems or a larger group.")  # fmt: skip
 
 
 def train(cfg: Config) -> None:
     """Train a model by FIPO, DAPO or GRPO. Exits if a signal ended the run early."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    require(in_main_thread, "train handles signals, so it must be called from the main thread (of another process?).")
     cfg = resolve(cfg)
     with joined_ranks(cfg.deepspeed):
         run = Run(cfg)
@@ -1037,8 +1054,7 @@ def train(cfg: Config) -> None:
                     break
                 step, clock = run.step + 1, [perf_counter()]
                 lr = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1))  # step counts from 1: the first one learns
-                groups, metrics, cursor = collect_rollouts(sampler, problems, cfg, step, run.cursor)  # 3
-                assign_rewards(groups, cfg)  # 4
+                groups, metrics, cursor = collect_rollouts(sampler, problems, cfg, step, run.cursor)  # 3, 4
                 assign_advantages(groups)  # 5
                 sampler.sleep()
                 clock.append(perf_counter())
@@ -1061,10 +1077,10 @@ def train(cfg: Config) -> None:
                 run.log_samples(step, "train", sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
                 run.step, run.cursor, run.metrics, run.whole = step, cursor, metrics, True
                 bar.update()
-                if any(all_gather(stop.is_set())):  # the step is whole
-                    raise KeyboardInterrupt
                 if step % cfg.save_every == 0 or step == cfg.steps:
                     run.save()
+                if any(all_gather(stop.is_set())):  # a signal came during the updates or the saving
+                    raise KeyboardInterrupt
         sampler.sleep()  # what follows a training may need the GPU
 
 
@@ -1113,6 +1129,7 @@ class Run:
         if found:
             with explain(f"reading {found}/state.json"):
                 self.step, self.cursor, self.metrics = json.loads((found / "state.json").read_text()).values()
+            self.check_settings(f"{found}")
         require(self.step <= cfg.steps, f"{self.out} is at step {self.step} already: raise --steps above {self.step}.")
         self.policy = (DeepSpeedPolicy if cfg.deepspeed else Policy)(str(found or cfg.model), cfg)
         if found:
@@ -1121,7 +1138,9 @@ class Run:
                 self.policy.load_optimizer(found)
             say(f"resuming after step {self.step} from {found}")
         if rank() == 0:
-            (self.out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            partial = self.out / "config.json.partial"
+            partial.write_text(json.dumps(as_json(cfg), indent=2))
+            partial.replace(self.out / "config.json")
             for path in filter(Path.exists, (self.out / "metrics.jsonl", self.out / "samples.jsonl")):
                 rows = map(json.loads, re.findall(".*\n", path.read_text()))  # not what a kill has cut short
                 path.unlink()  # what comes after `step` is written again, to the digit
@@ -1130,8 +1149,31 @@ class Run:
             with explain("--wandb (pip install wandb)"):
                 import wandb
 
-                name = f"{derive_seed(str(self.out.resolve())):08x}"  # a resumed run goes on in its own curve
-                self.wandb = wandb.init(project=cfg.wandb, id=name, resume="allow", config=asdict(cfg), dir=self.out)
+                file = self.out / "wandb_id.txt"  # only a resumed run continues its curve; None: a new random id
+                old_id = file.read_text() if cfg.resume and file.exists() else None
+                self.wandb = wandb.init(project=cfg.wandb, id=old_id, resume="allow", config=as_json(cfg),
+                                        dir=self.out, reinit="finish_previous")  # fmt: skip
+                file.write_text(self.wandb.id)
+
+    def check_settings(self, checkpoint: str) -> None:
+        """Refuse to resume with settings that differ from config.json, except MAY_CHANGE. The run may have been moved:
+        paths inside --out are compared relative to it."""
+
+        def value(settings: dict[str, Any], name: str) -> str:
+            return re.sub(f"^{re.escape(settings['out'].rstrip('/'))}/", "--out/", str(settings[name]))
+
+        path = self.out / "config.json"
+        if not path.exists():
+            say(f"warning: {path} is missing, so the settings of the run so far cannot be compared with the new ones.")
+            return
+        with explain(f"reading {path} (if it is damaged, remove it, and settings are not compared)"):
+            old = json.loads(path.read_text(), parse_constant=str)
+            new = as_json(self.cfg)
+            names = [name for name in new if name not in MAY_CHANGE]
+            changed = [name for name in names if old[name] != new[name] and value(old, name) != value(new, name)]
+        changes = "; ".join(f"--{name} was {old[name]!r} and is now {new[name]!r}" for name in changed)
+        require(not changed, f"{self.out} cannot be resumed with other settings: {changes}. Give the old values, "
+                f"or start a new run with --model {checkpoint} and another --out.")  # fmt: skip
 
     def log(self) -> None:
         shown = {"step": "step {:4d}", "accuracy": "accuracy {:5.1%}", "response_length/mean": "length {:6.1f}",
@@ -1153,7 +1195,10 @@ class Run:
             return
         self.whole = False  # what cannot be written now is not tried again when the run ends
         with explain(f"writing the checkpoint {final} (is the disk full?)"):
-            partial.mkdir(parents=True, exist_ok=True)  # what a killed run left there is written over
+            if rank() == 0 and partial.exists():  # a killed run left it, perhaps with files of more ranks
+                shutil.rmtree(partial)
+            all_gather("removed")
+            partial.mkdir(parents=True, exist_ok=True)
             self.policy.save(partial)
             all_gather("here")
             if rank() == 0:
@@ -1165,11 +1210,13 @@ class Run:
                 partial.rename(final)
                 for old in sorted(final.parent.glob("step_*"))[:-2]:
                     shutil.rmtree(old)
+            all_gather("saved")  # no rank leaves, which could end the others, before rank 0 is done
         self.whole = True
 
     @contextlib.contextmanager
     def saved_at_the_end(self) -> Iterator[None]:
-        """Save the last whole step if a signal (then the exit status is 0) or a mistake ends the run.
+        """Save the last whole step if a signal (then the exit status is 0) or a mistake ends the run. After a signal
+        before the first step there is nothing to save.
         A signal ends a single process at once, unless an update is under way; several end where they next meet. There,
         and by a FipoError, all end together. After another error only a single process knows that none is at work."""
 
@@ -1184,10 +1231,13 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if self.whole and (world() == 1 or isinstance(error, (FipoError, KeyboardInterrupt))):
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if interrupted and self.step == 0:
+                say(f"interrupted before step 1 was done: there is nothing to save in {self.out}.")
+            elif self.whole and (world() == 1 or interrupted or isinstance(error, FipoError)):
                 self.save()
                 say(f"saved step {self.step} in {self.out}/checkpoints; --resume goes on from there.")
-            if isinstance(error, KeyboardInterrupt):
+            if interrupted:
                 sys.exit(0)
             raise
         finally:
@@ -1199,10 +1249,15 @@ def newest_checkpoint(out: Path) -> Path | None:  # None: it has none yet
     return max((state.parent for state in (out / "checkpoints").glob("step_*/state.json")), default=None)
 
 
+def as_json(cfg: SharedConfig) -> dict[str, Any]:
+    """The settings as JSON can hold them: infinity, which JSON lacks, is the string "Infinity", which float() reads."""
+    return json.loads(json.dumps(asdict(cfg)), parse_constant=str)
+
+
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with open(path if rank() == 0 else os.devnull, "a") as file:
-        for row in rows:  # NaN and infinity are not JSON
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in rows:  # JSON has neither NaN nor infinity: they become null
+            finite = json.loads(json.dumps(row), parse_constant=lambda _: None)
             file.write(json.dumps(finite) + "\n")
 
 
@@ -1217,7 +1272,8 @@ def sample_row(r: Rollout) -> dict[str, Any]:
 
 # -------------------------------------------------------------- 12. Many GPUs: ranks, vLLM, DeepSpeed. Ranks first
 CPU = torch.device("cpu")
-PATIENCE = timedelta(hours=6)  # of ranks for one another: longer than the slowest engine takes for its rollouts
+PATIENCE = timedelta(hours=6)  # of the hosts, through gloo: longer than the slowest engine takes for its rollouts
+NCCL_PATIENCE = timedelta(hours=1)  # of the GPUs, which meet only in passes over the model
 stop = threading.Event()  # SIGINT or SIGTERM came
 GLOO: dict[str, Any] = {}  # process groups of the hosts
 VLLM = "0.32.0"  # the version whose weight reloading this file knows
@@ -1257,10 +1313,15 @@ def all_gather(value: Any) -> list[Any]:  # of every rank, on every rank; from h
     return values
 
 
+def check_launcher(deepspeed: str) -> None:
+    require(("RANK" in os.environ) == bool(deepspeed), "--deepspeed and a launcher, as torchrun, need each other: only "
+            "training with --deepspeed runs in several processes; start everything else with python.")  # fmt: skip
+
+
 @contextlib.contextmanager
 def joined_ranks(deepspeed: str) -> Iterator[None]:
     """Be one rank of several, if a launcher started several; and end within a minute when another rank dies."""
-    require(("RANK" in os.environ) == bool(deepspeed), "--deepspeed and a launcher, as torchrun, need each other.")
+    check_launcher(deepspeed)
     if not deepspeed:
         yield
         return
@@ -1271,7 +1332,11 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         for lock in Path(os.getenv("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser().rglob("lock"):
             say(f"waiting for what is being compiled there; if nothing is, remove {lock}")
-        ds.init_distributed(verbose=False, timeout=PATIENCE)
+        # DeepSpeed would pass device_id, and then each later group is split off NCCL's in a call that ranks outside of
+        # the group do not make, which can hang. It adopts a group that exists.
+        backend, patience = ("nccl", NCCL_PATIENCE) if torch.cuda.is_available() else ("gloo", PATIENCE)
+        distributed.init_process_group(backend, timeout=patience)
+        ds.init_distributed(verbose=False)
     GLOO["hosts"] = distributed.new_group(backend="gloo", timeout=PATIENCE)
     over, ring = threading.Event(), distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
@@ -1313,14 +1378,22 @@ class VLLMSampler:
             import vllm
 
             require(vllm.__version__.split("+")[0] == VLLM, f"it is {vllm.__version__}, this file knows {VLLM}.")
+            rows = max(cfg.rollout_rows, cfg.eval_samples, getattr(cfg, "group_size", 0))  # `sample` asks for no more
             self.llm = vllm.LLM(
                 policy.path, dtype="bfloat16" if policy.bf16 else "float32", seed=cfg.seed, enforce_eager=not self.gpu,
                 max_model_len=min(cfg.max_prompt + cfg.max_response, policy.context),
+                max_num_seqs=min(rows, 1024),  # at once, not in waves; vLLM's own limit on the largest GPUs
                 gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.gpu, logprobs_mode="processed_logprobs",
                 tensor_parallel_size=tp, distributed_executor_backend="external_launcher" if joined else None,
             )  # fmt: skip
         self.params = functools.partial(vllm.SamplingParams, logprobs=0, flat_logprobs=True, detokenize=False,
                                         stop_token_ids=policy.eos)  # fmt: skip
+
+    def __del__(self) -> None:
+        """Wake an engine that is dropped: vLLM cannot free the memory of one asleep ("invalid argument at
+        cumem_allocator"), and after the failure no other engine can allocate memory in this process."""
+        if self.gpu and hasattr(self, "llm"):
+            self.llm.wake_up()
 
     def sleep(self) -> None:
         if self.gpu:
@@ -1339,8 +1412,8 @@ class VLLMSampler:
                  top_p: float) -> list[list[Rollout]]:  # fmt: skip
         prompts = [{"prompt_token_ids": p.prompt_ids} for p in problems]
         params = [self.params(n=n, seed=s, max_tokens=max_tokens, temperature=temperature, top_p=top_p) for s in seeds]
-        seen = rank() == 0 and sys.stderr.isatty()  # vLLM divides by zero where a bar is not shown
-        outputs = self.llm.generate(prompts, params, use_tqdm=progress if seen else False)
+        bar = progress if rank() == 0 else False  # vLLM divides by the time of a bar, which is 0 if it is disabled
+        outputs = self.llm.generate(prompts, params, use_tqdm=bar)
         return [[Rollout(p, array("i", o.token_ids), array("f", o.logprobs.logprobs)) for o in output.outputs]
                 for p, output in zip(problems, outputs)]  # fmt: skip
 
@@ -1353,16 +1426,26 @@ class DeepSpeedPolicy(Policy):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
+        def without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            for key, value in pairs:
+                require(value != "auto", f"{cfg.deepspeed}: {key} is \"auto\": give a value, or remove it.")
+            return dict(pairs)
+
         self.deepspeed, cfg = deepspeed, self.cfg
         with explain(f"reading {cfg.deepspeed}"):
-            config = json.loads(Path(cfg.deepspeed).read_text())
+            config = json.loads(Path(cfg.deepspeed).read_text(), object_pairs_hook=without_auto)
+            for key in ("optimizer", "scheduler", "fp16"):
+                require(key not in config, f"{cfg.deepspeed}: remove {key}, which the command line decides.")
             config |= {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
             zero = config.setdefault("zero_optimization", {})
             require(zero.get("stage") in (2, 3), f"{cfg.deepspeed}: zero_optimization.stage must be 2 or 3.")
             self.sharded = zero["stage"] == 3
             if cfg.offload:
                 zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
-            deepspeed.DeepSpeedConfig(dict(config))
+            # it may also follow from train_batch_size
+            accumulated = deepspeed.DeepSpeedConfig(dict(config)).gradient_accumulation_steps
+            require(accumulated == 1, f"{cfg.deepspeed}: gradient_accumulation_steps is {accumulated} (or follows from "
+                    "train_batch_size), but must be 1: --tokens_per_micro_batch cuts mini-batches.")  # fmt: skip
         self.keep = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards each weight it reads
         super().load()
         if cfg.offload:
@@ -1451,23 +1534,30 @@ def one_clear_sentence() -> Iterator[None]:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is told once, at the end
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed seeks one
+
+    def end(sentence: str) -> None:
+        if rank() > 0:  # If rank 0 made the same mistake, its launcher ends this rank meanwhile: it is reported once.
+            time.sleep(10)
+        sys.exit(f"fipo: {sentence}" if rank() == 0 else f"fipo: rank {rank()}: {sentence}")
+
     try:
         yield
     except FipoError as error:
-        sys.exit(f"fipo: {error}")
+        end(str(error))
     except KeyboardInterrupt:
-        sys.exit("fipo: interrupted outside of training: nothing to save.")
+        end("interrupted outside of training: nothing to save.")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is only that
         if isinstance(error, distributed.DistError) or " by peer" in str(error):
             sys.exit(RANK_ENDED)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        sys.exit("fipo: out of memory: lower --tokens_per_micro_batch or --rollout_rows, set --gradient_checkpointing.")
+        end("out of memory: lower --tokens_per_micro_batch or --rollout_rows, set --gradient_checkpointing.")
 
 
 def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)
+    check_launcher(deepspeed="")
     n, done = cfg.eval_samples, cfg.out and (Path(cfg.out) / "eval.json").exists()
     require(not done, f"{cfg.out} holds an evaluation: choose another --out, or remove its eval.json.")
     policy = Policy(cfg.model, cfg)

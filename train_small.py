@@ -306,7 +306,8 @@ def run(argv: list[str]) -> None:
         defaults = QWEN | ({"model": given.model} if given.model else {})
         say(f"{defaults['model']} on {given.data or 'GSM8K'}, on {'a GPU' if gpu else 'the CPU, which will be slow'}")
     cfg = configure(argv, defaults | {"out": str(out)})
-    fipo.resolve(cfg)  # a mistake in the settings is told before anything is made
+    fipo.resolve(cfg)  # mistakes are reported before anything is made
+    fipo.check_launcher(cfg.deepspeed)
     if embedded:
         make_embedded(defaults, given.pretrain_steps)
     try:

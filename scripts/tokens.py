@@ -406,7 +406,9 @@ def last_update_of(trained: str) -> Iterator[Response]:
         return
     with explain(f"reading config.json and samples.jsonl in {run}"):
         state, settings = (json.loads(path.read_text()) for path in (checkpoint / "state.json", run / "config.json"))
-        how = {name: settings[name] for name in ("tau", "weight_range", "safety", "dual_clip")}
+        how = {name: settings[name] for name in ("tau", "safety")}
+        how["dual_clip"] = float(settings["dual_clip"])  # "Infinity" is text in JSON
+        how["weight_range"] = [float(bound) for bound in settings["weight_range"]]
         for row in map(json.loads, (run / "samples.jsonl").read_text().splitlines()):
             if row["kind"] == "train" and row["step"] == state["step"] and "logp" in row:
                 problem, ids = Problem("", "", row["prompt_ids"]), array("i", row["response_ids"])

@@ -116,6 +116,11 @@ def test_the_engine_reads_no_more_than_the_model_does(sampler, policy):
     assert sampler.llm.llm_engine.model_config.max_model_len == policy.context == 256
 
 
+def test_the_engine_runs_all_responses_of_a_chunk_at_once(sampler, policy):
+    rows = policy.cfg.rollout_rows
+    assert sampler.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == rows == 512
+
+
 def test_mistakes_are_told_in_one_sentence(policy, monkeypatch):
     def opens(said, **change):
         monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, **change))

@@ -171,6 +171,22 @@ def test_other_errors_are_not_hidden():
         raise RuntimeError("a bug")
 
 
+def test_an_evaluation_under_a_launcher_is_refused(small, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    words = ["eval", "--model", small.model, "--data", small.data]
+    fails(words, capsys, "--deepspeed and a launcher.* need each other")
+
+
+def test_a_mistake_of_another_rank_alone_is_reported_after_rank_0_had_its_time(monkeypatch):
+    """The launcher ends the other ranks as soon as rank 0 has ended, so usually only rank 0 reports."""
+    waited = []
+    monkeypatch.setattr(fipo.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit, match="^fipo: rank 3: the disk of this node is full$"), fipo.one_clear_sentence():
+        raise fipo.FipoError("the disk of this node is full")
+    assert waited == [10]
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["eval", "--help"]])
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -336,6 +352,17 @@ def test_without_a_terminal_a_line_a_minute_says_where_a_long_run_stands(capsys)
         ("60", "01:00", "04:00"), ("120", "02:00", "03:00"), ("180", "03:00", "02:00")
     ]  # fmt: skip
     assert told.out == "step 1\n" and told.err.count("\n") == 3 and not set("\r\x1b") & set(told.err)
+
+
+def test_the_bar_that_vllm_is_given_has_a_duration_and_prints_lines(capsys):
+    """vLLM makes the bar itself, with these arguments, and divides by the time since its start."""
+    bar = fipo.progress(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="est. speed input: 0.00 toks/s")
+    assert bar.format_dict["elapsed"] > 0
+    bar.postfix = "est. speed input: 1.00 toks/s"
+    bar.update(2)
+    bar.refresh()
+    bar.close()
+    assert capsys.readouterr().err.startswith("Processed prompts 2/2, 00:00 gone")
 
 
 def test_a_log_is_written_line_by_line(tmp_path):

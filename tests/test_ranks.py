@@ -146,7 +146,11 @@ def test_two_ranks_log_what_one_logs_and_a_run_goes_on_as_it_was_begun(sharded, 
     output = finished(alone(cfg, "--resume"), status=1)
     assert re.search("reading the optimiser in .*step_000002 .by the engine and the number of ranks", output), output
     assert "Traceback" not in output, output
+    stale = Path(cfg.out) / "checkpoints" / "partial" / "deepspeed" / "ranks" / "of_a_run_with_more_ranks.pt"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     finished(train(cfg, 2, "--resume", by="deepspeed"))
+    assert not list((Path(cfg.out) / "checkpoints").rglob(stale.name))
     alike(Path(cfg.out), Path(whole.out))
     with pytest.raises(fipo.FipoError, match="reading the optimiser in .*by the engine"):
         fipo.train(dataclasses.replace(cfg, deepspeed="", resume=True, steps=9))
@@ -193,8 +197,17 @@ def test_when_a_rank_dies_the_others_end_with_a_message_and_the_checkpoint_is_wh
     (dict(deepspeed=ZERO_3), "cannot read a model that ZeRO-3 has cut into shards"),  # by both of two ranks
     (dict(deepspeed="broken"), "overlap_com Extra inputs are not permitted"),
     (dict(deepspeed="stage 1"), "zero_optimization.stage must be 2 or 3"),
+    (dict(deepspeed={"gradient_accumulation_steps": 4}), "ds_config.json: gradient_accumulation_steps is 4"),
+    (dict(deepspeed={"train_batch_size": 2}), "gradient_accumulation_steps is 2 (or follows from train_batch_size)"),
+    (dict(deepspeed={"gradient_clipping": "auto"}), 'ds_config.json: gradient_clipping is "auto"'),
+    (dict(deepspeed={"fp16": {"enabled": "auto"}}), 'ds_config.json: enabled is "auto"'),
+    (dict(deepspeed={"optimizer": {"type": "AdamW"}}), "ds_config.json: remove optimizer"),
 ])  # fmt: skip
-def test_mistakes_are_told_in_one_sentence(sharded, zero, change, said):
+def test_mistakes_are_told_in_one_sentence(sharded, zero, tmp_path, change, said):
+    if isinstance(change["deepspeed"], dict):
+        config = json.loads(Path(ZERO_3).read_text()) | change["deepspeed"]
+        (tmp_path / "ds_config.json").write_text(json.dumps(config))
+        change = dict(deepspeed=str(tmp_path / "ds_config.json"))
     if change["deepspeed"] == "broken":
         change = dict(deepspeed=zero(overlap_com=True))
     if change["deepspeed"] == "stage 1":
@@ -202,7 +215,41 @@ def test_mistakes_are_told_in_one_sentence(sharded, zero, change, said):
     cfg = dataclasses.replace(sharded, **change)
     process = train(cfg, 2, by="deepspeed") if change["deepspeed"] == ZERO_3 else alone(cfg)
     output = finished(process, status=1)
-    assert said in output and "Traceback" not in output, output
+    assert output.count(said) == 1 and "Traceback" not in output, output
+
+
+@pytest.mark.parametrize("script", ["fipo.py", "train_small.py"])
+def test_without_deepspeed_a_launcher_is_refused_and_only_rank_0_says_so(base, sums, tmp_path, script):
+    words = {
+        "fipo.py": ["eval", "--model", base, "--data", sums, "--max_response", "8"],
+        "train_small.py": ["--out", str(tmp_path / "run")],
+    }
+    output = finished(launch([str(ROOT / script), *words[script]], ranks=2), status=1)
+    assert output.count("--deepspeed and a launcher, as torchrun, need each other") == 1, output
+    assert "IndexError" not in output and not list(tmp_path.iterdir())
+
+
+GROUPS = """
+import sys
+import torch
+from torch.distributed import distributed_c10d as c10d
+sys.path.insert(0, sys.argv[1])
+import fipo
+with fipo.joined_ranks("ds_config.json"):
+    import deepspeed
+    adopted = deepspeed.comm.comm.cdb is not None and deepspeed.comm.get_world_size() == 2
+    total = torch.ones(1)
+    deepspeed.comm.all_reduce(total)
+    groups = [c10d._get_default_group(), fipo.GLOO["hosts"]]
+    hours = [group._get_backend(fipo.CPU).options._timeout.total_seconds() / 3600 for group in groups]
+    bound = torch.distributed.group.WORLD.bound_device_id
+    fipo.say(f"{torch.distributed.get_backend()} {adopted} {total.item()} {hours} {bound}")
+"""
+
+
+def test_deepspeed_adopts_the_process_group_with_its_timeout_and_without_a_device(tmp_path):
+    (tmp_path / "groups.py").write_text(GROUPS)
+    assert "gloo True 2.0 [6.0, 6.0] None" in finished(launch([str(tmp_path / "groups.py"), str(ROOT)], ranks=2))
 
 
 def test_a_missing_compiler_is_told(sharded, tmp_path):

@@ -343,6 +343,8 @@ def test_F_and_f_of_the_last_update_are_those_of_the_loss(tmp_path):
     assert better.measures["f"].tolist() == pytest.approx(f, abs=1e-5)
     f = [min(w, 1.0) if d > math.log(3) else w for w, d in zip(f, delta.tolist())]
     assert worse.measures["f"].tolist() == pytest.approx(f, abs=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"dual_clip": "Infinity"}))  # of GRPO
+    assert len(list(tokens.last_update_of(str(checkpoint)))) == 2
 
 
 def test_the_weights_shown_are_those_the_loss_uses():

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from array import array
 from pathlib import Path
 
@@ -536,8 +537,8 @@ def test_a_run_that_is_done_names_its_step_when_asked_for_less(small):
     fipo.train(small)
     with pytest.raises(fipo.FipoError, match="is at step 2 already: raise --steps above 2"):
         fipo.train(dataclasses.replace(small, resume=True, steps=1))
-    fipo.train(dataclasses.replace(small, resume=True, steps=3, lr=2e-4))
-    assert read_jsonl(Path(small.out) / "metrics.jsonl")[-1]["lr"] == 2e-4, "changed settings are taken"
+    fipo.train(dataclasses.replace(small, resume=True, steps=3))
+    assert read_jsonl(Path(small.out) / "metrics.jsonl")[-1]["step"] == 3, "more steps may be asked for"
 
 
 def test_when_nothing_is_left_to_learn_the_run_saves_and_says_so(small, tmp_path):
@@ -548,3 +549,230 @@ def test_when_nothing_is_left_to_learn_the_run_saves_and_says_so(small, tmp_path
     assert fipo.newest_checkpoint(Path(small.out)).name == "step_000000"
     with pytest.raises(fipo.NoSignal, match="all rewards are equal"):
         fipo.train(dataclasses.replace(small, data=str(data), algorithm="grpo", overlong_buffer=0, out=small.out + "2"))
+
+
+# --------------------------------------------------------------------------------------- resuming with other settings
+
+
+def strict_json(path: Path) -> dict:
+    """The content of a file that any JSON parser accepts: no NaN, no Infinity."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("change", [
+    dict(lr=2e-4), dict(seed=1), dict(group_size=4, temperature=0.9), dict(algorithm="dapo"), dict(dual_clip=math.inf),
+    dict(weight_range=[0.8, 1.2]), dict(model="another/model"), dict(data="another.jsonl"), dict(problems=32),
+    dict(verifier="math"), dict(max_response=16), dict(prompts_per_round=8), dict(dtype="bfloat16"),
+    dict(sampler="vllm"),
+])  # fmt: skip
+def test_resuming_with_other_settings_names_them_and_is_refused(long_run, change):
+    old = dataclasses.asdict(fipo.resolve(long_run))
+    files = {path: path.read_bytes() for path in Path(long_run.out).glob("*.json*")}
+    with pytest.raises(fipo.FipoError, match="cannot be resumed with other settings") as end:
+        fipo.train(dataclasses.replace(long_run, resume=True, steps=9, **change))
+    for name, value in change.items():
+        value = "Infinity" if value == math.inf else value
+        assert f"--{name} was {old[name]!r} and is now {value!r}" in str(end.value)
+    assert "--steps" not in str(end.value) and len(str(end.value).splitlines()) == 1
+    assert {path: path.read_bytes() for path in Path(long_run.out).glob("*.json*")} == files
+
+
+def test_every_setting_that_may_change_exists_and_no_setting_of_the_update_is_among_them():
+    names = {field.name for field in dataclasses.fields(fipo.Config)}
+    assert set(fipo.MAY_CHANGE) < names
+    learned = {"tau", "safety", "clip_low", "clip_high", "loss_mean", "lr", "warmup_steps", "weight_decay", "grad_clip"}
+    assert not learned & set(fipo.MAY_CHANGE)
+
+
+def test_resuming_with_settings_that_may_change_continues_and_config_json_states_them(long_run, tmp_path, capsys):
+    """The folder of the run was moved, and the data is inside."""
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    first.mkdir()
+    shutil.copy(long_run.data, first / "sums.jsonl")
+    cfg = dataclasses.replace(long_run, out=str(first), data=str(first / "sums.jsonl"), eval_data="", steps=1)
+    fipo.train(cfg)
+    first.rename(moved)
+    cfg = dataclasses.replace(cfg, out=str(moved), data=str(moved / "sums.jsonl"), steps=2, resume=True, eval_every=1,
+                              eval_data=long_run.eval_data, save_every=1, log_samples=1, rollout_rows=16,
+                              tokens_per_micro_batch=300, max_gen_rounds=5)  # fmt: skip
+    fipo.train(cfg)
+    assert "resuming after step 1" in capsys.readouterr().out
+    assert fipo.Config(**strict_json(moved / "config.json")) == fipo.resolve(cfg)
+    assert not list(moved.glob("*.partial"))
+    elsewhere = dataclasses.replace(cfg, data=long_run.data)
+    with pytest.raises(fipo.FipoError, match="--data was '.*moved/sums.jsonl' and is now '.*data0/sums.jsonl'"):
+        fipo.train(elsewhere)
+
+
+def test_config_json_of_grpo_is_json_and_reads_back(small):
+    cfg = dataclasses.replace(small, algorithm="grpo", steps=1)
+    fipo.train(cfg)
+    settings = strict_json(Path(small.out) / "config.json")
+    assert float(settings["dual_clip"]) == math.inf and settings["loss_mean"] == "response"
+    assert fipo.Config(**settings | {"dual_clip": float(settings["dual_clip"])}) == fipo.resolve(cfg)
+    fipo.train(dataclasses.replace(cfg, steps=2, resume=True))
+    with pytest.raises(fipo.FipoError, match="--dual_clip was 'Infinity' and is now 10.0"):
+        fipo.train(dataclasses.replace(cfg, steps=3, resume=True, dual_clip=10.0))
+
+
+def test_resuming_without_config_json_warns_and_with_a_damaged_one_is_refused(small, capsys):
+    fipo.train(dataclasses.replace(small, steps=1))
+    config, again = Path(small.out) / "config.json", dataclasses.replace(small, resume=True)
+    for text in ("", '{"lr": 1e-', "[]", "null", "{}"):
+        config.write_text(text)
+        with pytest.raises(fipo.FipoError, match=r"reading .*config.json \(if it is damaged, remove it.* failed: "):
+            fipo.train(again)
+    config.unlink()
+    fipo.train(again)
+    assert f"warning: {config} is missing" in capsys.readouterr().out
+    assert strict_json(config)["steps"] == 2
+
+
+def test_resume_without_a_checkpoint_accepts_any_settings(small):
+    """train_32b.sh always passes --resume; its first start may have failed on a setting that was then corrected."""
+    with pytest.raises(fipo.FipoError, match="missing.jsonl"):
+        fipo.train(dataclasses.replace(small, resume=True, data="missing.jsonl"))
+    fipo.train(dataclasses.replace(small, resume=True, steps=1))
+    assert strict_json(Path(small.out) / "config.json")["data"] == small.data
+
+
+def test_nan_and_infinity_are_null_in_the_logs(tmp_path):
+    path = tmp_path / "log.jsonl"
+    fipo.append_jsonl(path, [{"a": math.nan, "b": [1.5, math.inf, -math.inf], "c": {"d": [math.nan]}, "e": "NaN"}])
+    assert strict_json(path) == {"a": None, "b": [1.5, None, None], "c": {"d": [None]}, "e": "NaN"}
+
+
+class RecordedWandb:
+    """The two things that fipo uses of wandb, which is not installed here: `init`, and the id of a run."""
+
+    def __init__(self):
+        self.runs = []
+
+    def init(self, id=None, **settings):
+        run = type("Run", (), {"id": id or f"random-{len(self.runs)}", "log": lambda self, *_, **__: None})()
+        self.runs.append(run.id)
+        return run
+
+
+def test_only_a_resumed_run_continues_its_curve(small, monkeypatch):
+    wandb = RecordedWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = dataclasses.replace(small, wandb="project", steps=1)
+    fipo.train(cfg)
+    fipo.train(dataclasses.replace(cfg, steps=2, resume=True))
+    shutil.move(cfg.out, cfg.out + "-moved")
+    fipo.train(dataclasses.replace(cfg, out=cfg.out + "-moved", steps=3, resume=True))
+    Path(cfg.out).mkdir()
+    shutil.copy(cfg.out + "-moved/wandb_id.txt", cfg.out)
+    fipo.train(cfg)  # another run in the place of the first, of which the logs were removed
+    assert wandb.runs == ["random-0", "random-0", "random-0", "random-3"]
+
+
+# --------------------------------------------------------------------- signals, threads, and batches without a signal
+
+
+def test_training_in_a_thread_is_refused_in_one_sentence(small):
+    errors = []
+
+    def work():
+        try:
+            fipo.train(small)
+        except fipo.FipoError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1 and "must be called from the main thread" in errors[0]
+    assert not Path(small.out).exists()
+
+
+@pytest.mark.parametrize("when", ["evaluation before step 1", "rollouts of step 1"])
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(small, sums, monkeypatch, capsys, when):
+    generate = HFSampler.generate
+
+    def signalled(sampler, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate(sampler, *args)
+
+    monkeypatch.setattr(HFSampler, "generate", signalled)
+    cfg = dataclasses.replace(small, eval_data=sums if when.startswith("evaluation") else "")
+    with pytest.raises(SystemExit) as end:
+        fipo.train(cfg)
+    assert end.value.code == 0 and "interrupted before step 1 was done" in capsys.readouterr().out
+    assert not (Path(small.out) / "checkpoints").exists()
+    monkeypatch.undo()
+    fipo.train(dataclasses.replace(cfg, resume=True))
+    assert [line["step"] for line in read_jsonl(Path(small.out) / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_signal_during_a_save_ends_the_run_right_after_it(small, sums, monkeypatch, capsys):
+    save, saved, sampled = Policy.save, [], []
+
+    def signalled(policy, folder):
+        saved.append(folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(policy, folder)
+
+    class Watched(HFSampler):
+        def generate(self, *args):
+            sampled.append(len(saved))
+            return super().generate(*args)
+
+    monkeypatch.setattr(Policy, "save", signalled)
+    monkeypatch.setattr(fipo, "HFSampler", Watched)
+    with pytest.raises(SystemExit) as end:
+        fipo.train(dataclasses.replace(small, eval_data=sums, eval_every=1, save_every=1))
+    assert end.value.code == 0 and len(saved) == 1 and set(sampled) == {0}, "neither saved nor sampled again"
+    assert "saved step 1" in capsys.readouterr().out and fipo.newest_checkpoint(Path(small.out)) == checkpoint(small, 1)
+
+
+def test_stale_files_of_a_partial_checkpoint_are_removed(small):
+    stale = Path(small.out) / "checkpoints" / "partial" / "deepspeed" / "ranks" / "rank_7.pt"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of a run with eight ranks")
+    fipo.train(dataclasses.replace(small, resume=True, steps=1))
+    assert fipo.newest_checkpoint(Path(small.out)) == checkpoint(small, 1)
+    assert not list((Path(small.out) / "checkpoints").rglob(stale.name))
+
+
+@pytest.fixture
+def hopeless_at_first(small, tmp_path) -> fipo.Config:
+    """GRPO without a length penalty, where the first batch holds only problems that nothing solves."""
+    rows = read_jsonl(Path(small.data))
+    problems = [fipo.Problem(row["prompt"], row["answer"]) for row in rows]
+    first = {p.prompt for p in fipo.draw_problems(problems, 0, small.prompts_per_batch, small.seed)}
+    write_jsonl(tmp_path / "data.jsonl", [r | {"answer": "none"} if r["prompt"] in first else r for r in rows])
+    return dataclasses.replace(small, data=str(tmp_path / "data.jsonl"), algorithm="grpo", overlong_buffer=0)
+
+
+def test_a_batch_of_equal_rewards_is_skipped_and_the_run_goes_on(hopeless_at_first, capsys):
+    cfg = hopeless_at_first
+    fipo.train(dataclasses.replace(cfg, save_every=1))
+    said = capsys.readouterr().out
+    assert said.count("step 1: skipped a batch of 4 groups, because all rewards of every group are equal") == 1
+    lines = read_jsonl(Path(cfg.out) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2] and [line["gen_rounds"] for line in lines[1:]] == [2, 1]
+    cursors = [json.loads((checkpoint(cfg, step) / "state.json").read_text())["cursor"] for step in (1, 2)]
+    assert cursors == [8, 12], "the problems of the skipped batch are used up"
+    # Resumed after step 1, the run draws what the uninterrupted one draws; and so does a run that begins again.
+    resumed, again = (dataclasses.replace(cfg, out=cfg.out + name) for name in ("-resumed", "-again"))
+    fipo.train(dataclasses.replace(resumed, steps=1))
+    fipo.train(dataclasses.replace(resumed, resume=True))
+    fipo.train(again)
+    for other in (resumed, again):
+        assert timeless(read_jsonl(Path(other.out) / "metrics.jsonl")) == timeless(lines)
+        assert same(weights(checkpoint(other, 2)), weights(checkpoint(cfg, 2)))
+
+
+def test_batches_of_equal_rewards_end_the_run_after_max_gen_rounds(hopeless_at_first, capsys):
+    with pytest.raises(fipo.NoSignal, match="step 1: after 1 rounds in every group all rewards are equal"):
+        fipo.train(dataclasses.replace(hopeless_at_first, max_gen_rounds=1))
+    write_jsonl(Path(hopeless_at_first.data), [{"prompt": "1+1=?\n", "answer": "none"}])
+    with pytest.raises(fipo.NoSignal, match="after 3 rounds .* accuracy seen: 0.0%. Give easier problems"):
+        fipo.train(dataclasses.replace(hopeless_at_first, max_gen_rounds=3, out=hopeless_at_first.out + "2"))
+    assert capsys.readouterr().out.count("skipped a batch") == 4
