@@ -715,8 +715,9 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
 
     The same as  for t in reversed(range(T)): F[:, t] = Δ[:, t] + γ * F[:, t + 1]  with F[:, T] = 0, in log2 T passes.
     Each pass doubles the number of terms that F[:, t] holds: the next `distance` of them are those that
-    F[:, t + distance] holds, times γ^distance. Exact, O(B·T·log T) work, O(B·T) memory. There is no matrix product, which would round to bfloat16
-    or TF32 where these are switched on, and no γ^(−t), which overflows (2^640 at T = 20480, τ = 32)."""
+    F[:, t + distance] holds, times γ^distance. Exact, O(B·T·log T) work, O(B·T) memory. There is no matrix product,
+    which would round to bfloat16 or TF32 where these are switched on, and no γ^(−t), which overflows (2^640 at
+    T = 20480, τ = 32)."""
     F = torch.where(mask.bool(), delta_logp, 0.0).float()
     distance = 1
     while distance < F.shape[1]:

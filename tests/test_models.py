@@ -88,8 +88,9 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(family, name
 
 def test_evaluation_samples_from_a_model_that_changes_its_logits(family):
     cfg = family("gemma2")
-    groups = fipo.HFSampler(policy_of(cfg, training=False)).generate([fipo.Problem("", "", [1, 2])], [0], 2, 8, 1.0, 1.0)
-    assert len(groups[0]) == 2
+    sampler = fipo.HFSampler(policy_of(cfg, training=False))
+    (group,) = sampler.generate([fipo.Problem("", "", [1, 2])], [0], 2, 8, 1.0, 1.0)
+    assert len(group) == 2
 
 
 def test_a_model_without_separate_hidden_states_is_refused_in_one_sentence(family):
@@ -126,9 +127,13 @@ def test_the_head_runs_in_float32_under_autocast(base):
             hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             rounded = policy.model(input_ids=ids, use_cache=False).logits
         expected = (hidden.float() @ policy.model.lm_head.weight.T).log_softmax(-1)
-    expected, rounded = (x[0, :-1].gather(-1, ids[0, 1:, None])[:, 0] for x in (expected, rounded.float().log_softmax(-1)))
-    assert (logp[0, 1:] - expected).abs().max() < 1e-5
-    assert (rounded - expected).abs().max() > 1e-3
+        rounded = rounded.float().log_softmax(-1)
+
+    def largest_error(all_logp: torch.Tensor) -> float:
+        return (logp[0, 1:] - all_logp[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]).abs().max().item()
+
+    assert largest_error(expected) < 1e-5
+    assert largest_error(rounded) > 1e-3
 
 
 def test_rollouts_in_bfloat16_follow_the_trained_weights(base):
@@ -227,7 +232,7 @@ def test_a_template_that_refuses_the_system_role_gives_one_sentence(chat_reader,
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     policy = fipo.Policy(chat_reader(refuses + CHAT), fipo.EvalConfig(sampler="hf"))
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]
-    with pytest.raises(fipo.FipoError, match="prompts.jsonl: encoding the prompts .* failed: System role not supported"):
+    with pytest.raises(fipo.FipoError, match="prompts.jsonl: encoding .* failed: System role not supported"):
         problems_of(tmp_path, policy, chat)
 
 
@@ -244,7 +249,8 @@ def test_eos_that_the_tokenizer_appends_to_a_prompt_is_removed(reader, tmp_path)
     end = tokenizer.eos_token
     pieces = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}]
     special = {end: {"id": end, "ids": [tokenizer.eos_token_id], "tokens": [end]}}
-    state["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    added = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    state["post_processor"] = added
     tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state))
     assert tokenizer("1+1")["input_ids"][-1] == tokenizer.eos_token_id
     assert fipo.encode_prompt("1+1", tokenizer) == AutoTokenizer.from_pretrained(reader)("1+1")["input_ids"]

@@ -222,7 +222,7 @@ def test_a_ratio_that_is_not_one_at_the_first_update_stops_the_run(small, monkey
 
 @pytest.mark.parametrize("size, is_reported", [(0.0, False), (1e-7, False), (0.0003, True), (0.004, True)])
 def test_a_drift_of_one_sign_before_the_first_update_is_reported(size, is_reported, capsys):
-    """F sums 47 times a drift of one sign, so a mean |Δlog p| that bfloat16 would allow already moves f to its bound."""
+    """F sums 47 times a drift of one sign, so a mean |Δlog p| of 0.004 already moves f to its bound."""
     noise = torch.randn(8, 400, generator=torch.Generator().manual_seed(0))
     delta = size * noise.abs()
     _, m = fipo.fipo_loss(delta, torch.zeros(8, 400), torch.ones(8), torch.ones(8, 400))
