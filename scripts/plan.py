@@ -152,14 +152,14 @@ def activations(config: PreTrainedConfig, tokens: int) -> tuple[int, int]:
 
 
 def logits(config: PreTrainedConfig, chunk: int = 1024) -> int:
-    """Bytes of one chunk of logits: bf16, float32, log-softmax, and their gradients."""
-    return 15 * chunk * config.vocab_size
+    """Bytes of a chunk of logits in float32, their log-softmax and gradients; of the float32 head and its gradient."""
+    return 16 * chunk * config.vocab_size + 8 * config.vocab_size * config.hidden_size
 
 
 def gathered(config: PreTrainedConfig, zero: dict[str, Any]) -> int:
-    """Bytes of what ZeRO-3 gathers (the head is among it) and sends (float32), and of the head's gradient, twice."""
+    """Bytes of what ZeRO-3 gathers (the head is among it) and sends (float32), and of the head's gradient."""
     numbers = zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]
-    return 2 * (numbers + 2 * config.vocab_size * config.hidden_size) + 4 * 2 * zero["reduce_bucket_size"]
+    return 2 * (numbers + config.vocab_size * config.hidden_size) + 4 * 2 * zero["reduce_bucket_size"]
 
 
 def kv_per_token(config: PreTrainedConfig, number_bytes: int = 2) -> int:
@@ -242,11 +242,6 @@ def check_fit(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, gpus:
 # ---------------------------------------------------------------------------------------------------- one device
 
 
-# Bytes of a key or a value in the cache of HFSampler. It is float32 under autocast too: rotary embeddings make the keys
-# float32, and the cache converts the values to the type of the keys.
-SAMPLER_NUMBER = 4
-
-
 def passes(config: PreTrainedConfig, parameters: int, tokens: int, chunk: int, bf16: bool, recomputed: bool) -> float:
     """Bytes that a forward and backward pass takes beside float32 weights and their gradients.
 
@@ -266,9 +261,9 @@ def one_device(cfg: fipo.Config, config: PreTrainedConfig, parameters: int) -> N
     chunk = min(tokens * cfg.max_response // whole, 1024)
     held, beside = 12 * parameters, passes(config, parameters, tokens, chunk, bf16, cfg.gradient_checkpointing)
     rows = min(cfg.rollout_rows, cfg.prompts_per_round * cfg.group_size)
-    cache = rows * whole * kv_per_token(config, SAMPLER_NUMBER)
+    cache = rows * whole * kv_per_token(config, 2 if bf16 else 4)
     drawn = 28 * rows * config.vocab_size  # logits, log-probs, and their cumulated sum in float64
-    drawn += 2 * parameters if bf16 else 0  # the bfloat16 copy of the weights that autocast holds
+    drawn += 2 * parameters if bf16 else 0  # the bfloat16 copy of the weights that HFSampler samples from
     kept = "an input a layer, the layer being recomputed" if cfg.gradient_checkpointing else "of all layers"
     print(f"""Memory in GiB on one device with plain torch, in {"bfloat16" if bf16 else "float32"}
   weights 4P, AdamW's moments 8P         = {held / GIB:5.1f}       float32
@@ -291,7 +286,7 @@ def print_memory(cfg: fipo.Config, config: PreTrainedConfig, parameters: int, ze
     terms = [
         ("activations 2·L·T·H", saved, f"one input a layer, T = {cfg.tokens_per_micro_batch} tokens"),
         ("          + T·(24H + 12I)", layer, "the layer that is recomputed"),
-        ("logits 15·chunk·V", logits(config), "not at the same time as that layer"),
+        ("logits 16·chunk·V + 8·V·H", logits(config), "of the float32 head; not at the same time as that layer"),
         ("gathered", gathered(config, zero), "live weights, the head's gradient, buckets"),
         ("vLLM's share", share * GIB, f"--vllm_memory {cfg.vllm_memory}: weights 2P/TP = {weights:.1f}, "
          f"{VLLM_GIB:.0f} of its own, the rest KV cache"),
