@@ -38,7 +38,6 @@ Departures from the paper and from the authors' release (the README has the tabl
 
 from __future__ import annotations
 
-import cmath
 import contextlib
 import functools
 import importlib.metadata
@@ -329,7 +328,8 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
         text = "\n\n".join(message["content"] for message in prompt) + ("" if is_continued else "\n\n")
     ids = tokenizer(text)["input_ids"]
     # Some tokenizers append EOS to every text. A response would then begin after its own end.
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+    is_appended = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if is_appended else ids
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
@@ -338,8 +338,8 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         return []
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "<ANSWER>"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = tokenizer(text.rpartition("<ANSWER>")[2], add_special_tokens=False)["input_ids"]
+    _, answer, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("<ANSWER>")
+    ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if answer else []
     return [i for i in ids[:1] if i in tokenizer.added_tokens_decoder]
 
 
@@ -616,30 +616,6 @@ def equal_math(gold: str, answer: str) -> bool:
         return True
     numbers = [re.sub(r"\\?%", "", text) for text in (gold, answer)]  # 12.5% is also accepted for 12.5
     return numbers != [gold, answer] and math_verify.verify(*map(parse_math, numbers))
-
-
-@functools.lru_cache(maxsize=1024)
-def math_value(answer: str) -> complex | None:
-    """The value of an expression, with a fixed number for each of its variables; None for sets, relations and text."""
-    import sympy
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
-    expression = next(iter(parse_math(in_box(answer))), None)
-    if isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol:
-        expression = expression.rhs
-    if isinstance(expression, sympy.Expr) and "%" not in answer:
-        point = {s: 0.5 + zlib.crc32(s.name.encode()) / 2**32 for s in expression.free_symbols}
-        with contextlib.suppress(Exception, TimeoutException):
-            return complex(timeout(5)(expression.evalf)(15, subs=point))
-    return None
-
-
-def same_math(answer: str, other: str) -> bool:
-    """Are two results of extract_math equal? Their values are compared first, because math-verify is slow."""
-    values = math_value(answer), math_value(other)
-    may_be_equal = None in values or cmath.isclose(*values, rel_tol=1e-5, abs_tol=1e-5)
-    return may_be_equal and equal_math(in_box(answer), in_box(other))
 
 
 VERIFY: dict[str, Callable[[str, str], bool]] = {"dapo": verify, "math": verify_math}  # by --verifier
@@ -1108,7 +1084,7 @@ def majority_correct(group: list[Rollout], verifier: str) -> bool:
     if verifier == "math":
         counted, votes = votes, Counter()
         for answer, count in counted.items():
-            same = next((known for known in votes if same_math(known, answer)), answer)
+            same = next((known for known in votes if equal_math(in_box(known), in_box(answer))), answer)
             votes[same] += count
     return bool(votes) and group[answers.index(max(votes, key=votes.get))].correct
 
