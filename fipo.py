@@ -1405,7 +1405,7 @@ class DeepSpeedPolicy(Policy):
 
         def without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             for key, value in pairs:
-                require(value != "auto", f"{cfg.deepspeed}: {key} is \"auto\": give a value, or remove it.")
+                require(value != "auto", f'{cfg.deepspeed}: {key} is "auto": give a value, or remove it.')
             return dict(pairs)
 
         self.deepspeed, cfg = deepspeed, self.cfg
