@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import itertools
 import random
-import time
 from array import array
 from types import SimpleNamespace
 
@@ -299,7 +298,6 @@ def test_majority_vote_counts_equal_mathematics_together_with_the_math_verifier(
     texts = ["Answer: 1, 2", "Answer: {2, 1}", "Answer: Evelyn", r"Answer: \text{evelyn}", "Answer: evelyn"]
     assert fipo.majority_correct(group(r"\text{Evelyn}", *texts), "math")
     assert not fipo.majority_correct(group("1", "hm"), "math")
-
 
 
 @pytest.mark.parametrize("verifier, text, said", [
