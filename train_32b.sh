@@ -19,8 +19,8 @@
 #   zero_optimization.stage 3               shards weights, gradients and optimiser: 18 bytes a parameter, divided by N
 #   bf16                                    computes in bfloat16; the optimiser keeps float32 weights, or steps of 1e-6
 #                                           would round to nothing. --dtype float32 turns it off
-#   data_types.grad_accum_dtype fp32,       gradients are summed in float32 over passes and over ranks (within a pass,
-#   communication_data_type fp32            autograd sums the head's over chunks of logits in bfloat16)
+#   data_types.grad_accum_dtype fp32,       gradients are summed in float32 over passes and over ranks
+#   communication_data_type fp32
 #   overlap_comm, contiguous_gradients      sending hides behind computing; no fragmentation in backward
 #   reduce_bucket_size,                     800 MB of gradients, 400 MB of weights at a time: large enough for the
 #   stage3_prefetch_bucket_size 2e8         network, small beside activations
