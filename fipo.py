@@ -71,7 +71,14 @@ from torch import Tensor, distributed
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    HfArgumentParser,
+    PreTrainedConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -807,6 +814,8 @@ def switch_off_dropout(config: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and re.search("drop|jitter", name):
             setattr(config, name, 0.0)
+        elif isinstance(value, PreTrainedConfig):  # of a part, as the attention of MPT
+            switch_off_dropout(value)
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
 
@@ -853,7 +862,7 @@ class Policy:
         with explain(f"loading the model {self.path!r} (a folder with all its files, or a name on the hub?)"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
             config = AutoConfig.from_pretrained(self.path)
-            switch_off_dropout(config.get_text_config())
+            switch_off_dropout(config)
             self.model = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, device_map=where)
         if self.training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.cfg.weight_decay, fused=True)
