@@ -813,7 +813,7 @@ def switch_off_dropout(config: Any) -> None:
     for name, value in list(vars(config).items()):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and re.search("drop|jitter", name):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))
         elif isinstance(value, PreTrainedConfig):  # of a part, as the attention of MPT
             switch_off_dropout(value)
     if getattr(config, "output_router_logits", False):

@@ -19,7 +19,7 @@ FAMILIES = {
     "mixtral": SHAPE | dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
                             router_jitter_noise=0.1),  # fmt: skip
     # It names no max_position_embeddings, and has a dropout in a part of its config.
-    "mpt": dict(vocab_size=32, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(attn_pdrop=0.5)),
+    "mpt": dict(vocab_size=32, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(attn_pdrop=1)),
     "qwen3_5_text": SHAPE | dict(head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
                                  linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
     "bamba": SHAPE | MAMBA | dict(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16),
