@@ -345,7 +345,11 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         return []
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "<ANSWER>"}]
-    _, answer, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("<ANSWER>")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # templates raise errors of any kind for messages that they do not accept
+        return []
+    _, answer, after = text.rpartition("<ANSWER>")
     ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if answer else []
     return [i for i in ids[:1] if i in tokenizer.added_tokens_decoder]
 
@@ -847,8 +851,7 @@ class Policy:
         self.context = next(filter(None, limits), math.inf)
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        with explain(f"looking for the end of a turn in the chat template of {path!r}"):
-            self.eos = sorted({self.tokenizer.eos_token_id, *ends, *end_of_turn(self.tokenizer)} - {None})
+        self.eos = sorted({self.tokenizer.eos_token_id, *ends, *end_of_turn(self.tokenizer)} - {None})
         torch.backends.cuda.matmul.allow_tf32 = self.bf16  # the float32 head at four times the speed
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
         require(self.eos, "the model names no EOS token, so no response can end: set eos_token in its tokenizer.")

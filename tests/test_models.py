@@ -197,6 +197,17 @@ def test_the_end_of_a_turn_ends_a_response(chat_reader):
     assert policy.tokenizer.eos_token_id == ends[0] and policy.model.generation_config.eos_token_id == ends[0]
 
 
+@pytest.mark.parametrize("template", [
+    "{% for m in messages if m['role'] != 'user' %}{{ raise_exception('Only users') }}{% endfor %}" + CHAT,
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}",
+    "{% for m in messages if m['role'] == 'user' %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}",
+])  # fmt: skip
+def test_a_template_without_an_end_of_turn_leaves_eos_as_it_is(chat_reader, template):
+    """It refuses messages of the assistant, ends them with text, or does not write them."""
+    policy = fipo.Policy(chat_reader(template), fipo.EvalConfig(sampler="hf"))
+    assert policy.eos == [policy.tokenizer.eos_token_id]
+
+
 def test_the_end_of_a_turn_is_no_part_of_the_answer(chat_reader):
     """`<|im_end|>` is an added token here, not a special one, so that decoding keeps it."""
     policy = fipo.Policy(chat_reader(CHAT), fipo.EvalConfig(sampler="hf"))
