@@ -867,10 +867,10 @@ class Policy:
             config = AutoConfig.from_pretrained(self.path)
             switch_off_dropout(config)
             self.model = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, device_map=where)
+            if self.training and self.cfg.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})  # not every model supports it
         if self.training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.cfg.weight_decay, fused=True)
-            if self.cfg.gradient_checkpointing:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @torch.no_grad()
     def check_logprobs(self) -> None:
@@ -886,9 +886,9 @@ class Policy:
         require(is_finite, f"the model {self.path!r} gives NaN or infinite logits: are its weights damaged?")
         rounding = (2e-5 + torch.finfo(self.model.dtype).eps) * (1 + logits.abs().max() / self.cfg.temperature)
         error = (logp[:, 1:] - expected).abs().max()
-        require(error <= rounding, f"{type(self.model).__name__} cannot be trained: it changes its logits behind the "
-                "head, for example by a soft cap or a scale, and token_logprobs does not (log-probs differ by up to "
-                f"{error:.2g}).")  # fmt: skip
+        require(error <= rounding, f"{type(self.model).__name__} cannot be trained: its logits are not just its head "
+                "applied to its hidden states, but changed on the way, as by a soft cap or a scale (log-probs differ by up "
+                f"to {error:.2g}).")  # fmt: skip
 
     def logprobs(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:  # log π, entropy; [B, L]
         with self.autocast():

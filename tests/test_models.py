@@ -15,6 +15,7 @@ SHAPE = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_lay
 MAMBA = dict(mamba_d_state=8, mamba_expand=2, mamba_n_groups=1)
 FAMILIES = {
     "gpt2": dict(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=64),  # dropout 0.1
+    "openai-gpt": dict(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "qwen2": SHAPE | dict(attention_dropout=0.02),
     "mixtral": SHAPE | dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
                             router_jitter_noise=0.1),  # fmt: skip
@@ -83,7 +84,7 @@ def test_f_is_exactly_1_at_the_first_update_of_every_family(family, any_verdict,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
 def test_a_model_that_changes_its_logits_behind_the_head_is_refused(family, name, dtype):
-    with pytest.raises(fipo.FipoError, match="cannot be trained: it changes its logits behind the head"):
+    with pytest.raises(fipo.FipoError, match="cannot be trained: its logits are not just its head applied"):
         fipo.train(family(name, dtype=dtype))
 
 
@@ -97,6 +98,11 @@ def test_evaluation_samples_from_a_model_that_changes_its_logits(family):
 def test_a_model_without_separate_hidden_states_is_refused_in_one_sentence(family):
     with pytest.raises(fipo.FipoError, match="^computing log-probs with Llama4ForCausalLM failed: "):
         fipo.train(family("llama4_text"))
+
+
+def test_a_model_without_gradient_checkpointing_is_refused_in_one_sentence(family):
+    with pytest.raises(fipo.FipoError, match="OpenAIGPTLMHeadModel does not support gradient checkpointing"):
+        fipo.train(family("openai-gpt", gradient_checkpointing=True))
 
 
 def test_damaged_weights_are_named(family):
