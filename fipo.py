@@ -887,7 +887,7 @@ class Policy:
         rounding = (2e-5 + torch.finfo(self.model.dtype).eps) * (1 + logits.abs().max() / self.cfg.temperature)
         error = (logp[:, 1:] - expected).abs().max()
         require(error <= rounding, f"{type(self.model).__name__} cannot be trained: its logits are not just its head "
-                "applied to its hidden states, but changed on the way, as by a soft cap or a scale (log-probs differ by "
+                "applied to its hidden states, but changed on the way, by a soft cap or a scale, say (they differ by "
                 f"up to {error:.2g}).")  # fmt: skip
 
     def logprobs(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:  # log π, entropy; [B, L]
