@@ -39,6 +39,7 @@ Departures from the paper and from the authors' release (the README has the tabl
 from __future__ import annotations
 
 import contextlib
+import decimal
 import functools
 import importlib.metadata
 import json
@@ -195,7 +196,8 @@ def load_problems(source: str) -> list[Problem]:
     with explain(f"reading problems from {source}"):
         for rows, row in enumerate(progress(read_rows(source), desc="problems"), 1):
             problem = read_problem(row, f"{source}: row {rows}")
-            key = json.dumps(problem.prompt, sort_keys=True, ensure_ascii=False).encode()  # fails for half a character
+            text = json.dumps(problem.prompt, sort_keys=True, ensure_ascii=False, default=str)
+            key = text.encode()  # fails for half a character
             first = problems.setdefault(key, problem)
             contradictions += first.answer != problem.answer
     require(problems, f"{source} is empty.")
@@ -274,15 +276,28 @@ def read_problem(row: Any, where: str) -> Problem:
     answered = next((c for c in ("reward_model", "answer", "solution") if c in row), None)
     require(asked and answered, f"{where} has the columns {list(row)}: there must be one of prompt, question, problem, "
             "and one of reward_model, answer, solution.")  # fmt: skip
-    media = [c for c, value in row.items() if value and re.fullmatch(r"(?i)(image|video|audio)s?(_?\d+)?", c)]
+    media_name = r"(?i)(^|_)(img|image|video|audio|pixel|multi_modal)"
+    media = [name for name, value in row.items() if re.search(media_name, name) and has_content(value)]
     require(not media, f"{where} has {' and '.join(media)}: only problems in plain text can be used. Remove the row.")
     return Problem(read_prompt(row[asked], asked, where), read_answer(row[answered], answered, where))
+
+
+def has_content(value: Any) -> bool:
+    """Whether a value of a column, or anything inside of it, is there."""
+    if isinstance(value, dict):
+        return any(map(has_content, value.values()))
+    if isinstance(value, list):
+        return any(map(has_content, value))
+    return value not in (None, "", "[]", 0, False)
 
 
 def read_prompt(prompt: Any, column: str, where: str) -> str | list[dict[str, str]]:
     require(prompt, f"{where} has no {column}: fill it in or remove the row.")
     if isinstance(prompt, str) and re.match(r"""\s*\[\s*\{\s*["'](role|content|name)["']\s*:""", prompt):
         with explain(f"{where} has a {column} that looks like chat messages, but reading it as JSON"):
+            prompt = json.loads(prompt)
+    if isinstance(prompt, str) and re.match(r"\s*(\[\s*)?\{", prompt):
+        with contextlib.suppress(ValueError):  # text that begins with a brace, as a set does
             prompt = json.loads(prompt)
     if isinstance(prompt, str):
         return prompt if column == "prompt" else [{"role": "user", "content": QUESTION.format(question=prompt)}]
@@ -310,6 +325,8 @@ def read_answer(value: Any, column: str, where: str) -> str:
         require(not limit <= abs(value) < math.inf, f"{where} has the {column} {value}, a float so large that it may "
                 "have been rounded: write it as text or as an integer.")  # fmt: skip
         value = numpy.format_float_positional(value + 0.0, trim="-") if math.isfinite(value) else ""  # -0.0 becomes 0
+    elif isinstance(value, decimal.Decimal):
+        value = format(value.normalize(), "f")
     elif value is None or value in ([], {}):
         value = ""
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -328,15 +345,20 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     is_continued = messages[-1]["role"] == "assistant"
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=not is_continued,
-                                             continue_final_message=is_continued, return_dict=False)  # fmt: skip
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not is_continued,
+                                             continue_final_message=is_continued)  # fmt: skip
+        content = messages[-1]["content"]
+        is_written = text.endswith(content) if is_continued else content.strip() in text
+        require(is_written, f"the model's chat template does not write the last message as it is: {content[:80]!r}.")
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     text = prompt
     if isinstance(prompt, list):
         text = "\n\n".join(message["content"] for message in prompt) + ("" if is_continued else "\n\n")
     ids = tokenizer(text)["input_ids"]
     # Some tokenizers append EOS to every text. A response would then begin after its own end.
-    is_appended = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if is_appended else ids
+    while ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids.pop()
+    return ids
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
@@ -350,8 +372,11 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     except Exception:  # templates raise errors of any kind for messages that they do not accept
         return []
     _, answer, after = text.rpartition("<ANSWER>")
-    ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if answer else []
-    return [i for i in ids[:1] if i in tokenizer.added_tokens_decoder]
+    first_line = after.strip().split("\n")[0]
+    ids = tokenizer(first_line, add_special_tokens=False)["input_ids"] if answer else []
+    added = tokenizer.added_tokens_decoder
+    special = [i for i in ids if i in added and added[i].special]  # "</think>", which may come first, is not special
+    return special[:1] or [i for i in ids[:1] if i in added]
 
 
 def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
@@ -360,13 +385,19 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
     with explain(f"{source}: encoding the prompts with the model's tokenizer and chat template"):
         chosen = found[: cfg.problems or None]
         encoded = [replace(p, prompt_ids=encode_prompt(p.prompt, policy.tokenizer)) for p in chosen]
-    largest, vocabulary = max(max(p.prompt_ids, default=0) for p in encoded), policy.config.vocab_size
+    require(all(p.prompt_ids for p in encoded), f"{source}: a prompt has no tokens: does the model's folder hold its "
+            "tokenizer?")  # fmt: skip
+    largest, vocabulary = max(max(p.prompt_ids) for p in encoded), policy.config.vocab_size
     require(largest < vocabulary, f"{source}: a prompt contains token {largest}, but the model knows only {vocabulary} "
             "tokens: its tokenizer has added tokens without an embedding.")  # fmt: skip
     problems = [p for p in encoded if len(p.prompt_ids) <= cfg.max_prompt]
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(found):
         say(f"{source}: of the first {len(encoded)} of {len(found)} problems, {len(problems)} are within --max_prompt.")
+    long = sum(len(p.answer) > 100 for p in problems)
+    if long and cfg.verifier == "dapo":
+        say(f"{source}: {long} of {len(problems)} answers have over 100 characters, which the dapo verifier compares "
+            "as text: use --verifier math, or a column with the results alone.")  # fmt: skip
     padded = sum(bool(re.match(r"-?0\d", normalize_answer(p.answer))) for p in problems)
     if padded and cfg.verifier == "dapo":
         say(f"{source}: {padded} of {len(problems)} answers begin with 0, which the dapo verifier compares as text: "
@@ -554,9 +585,11 @@ def verify(response: str, ground_truth: str) -> bool:
 # What models write after "Answer:" as plain text or markdown, in the LaTeX that math-verify reads.
 TO_LATEX = [
     (r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])|`", ""),
+    (r"(?<=\d)(\\[,;:! ]|[ ~\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),
+    (r"[–−]|\b(minus|negative)\s+(?=\d)", "-"),
     (r"\*\*(-?\w+)", r"^{\1}"),
     (r"\\?\$|[€£~]|(?<!\\)\\[()\[\]]", " "),
-    (r"(?:√|\\?sqrt)\s*\(([^()]*)\)|√\s*(\d+)", r"\\sqrt{\1\2}"),
+    (r"(?:√|\\?sqrt)\s*\(([^()]*)\)|√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1\2}"),
     (r"√", r"\\sqrt"),
     (r"·", r"\\cdot "),
     (r"²", "^2"),
@@ -574,6 +607,13 @@ PROSE = (
 )
 
 
+# A bound or a multiple of a number is not the number.
+CHANGES_VALUE = (
+    r"^\s*(?:[<>≤≥≠]|\\(?:leq?|geq?|neq?|lt|gt)\b|(?i:at least|at most|more than|less than|not equal)\b)"
+    r"|\d\s*(?:hundred|thousand|million|billion|dozen|times|over|squared|cubed)\b"
+)
+
+
 def in_box(answer: str) -> str:
     """An answer in the form that math-verify parses best. The box holds the mathematics before the first word, as in
     "12 apples", or the words if there is no mathematics. In "the value is 12", math-verify has to find the result."""
@@ -583,6 +623,8 @@ def in_box(answer: str) -> str:
     for pattern, replacement in TO_LATEX:
         latex = re.sub(pattern, replacement, latex)
     latex = latex.strip(" \t*_=:")
+    if re.search(CHANGES_VALUE, latex):
+        return rf"\boxed{{\text{{{latex}}}}}"
     start, *words = re.split(PROSE, latex, maxsplit=1)
     if words and not re.search(r"[\d\\]", start):
         return answer if re.search(r"[\d\\]", answer) else rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
@@ -843,12 +885,12 @@ class Policy:
         self.vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and known)
         self.autocast = contextlib.nullcontext
         self.load()
+        self.config = self.model.config.get_text_config()
+        limits = [getattr(self.config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        self.context = next((limit for limit in limits if limit and limit > 0), math.inf)
         if self.training:
             with explain(f"computing log-probs with {type(self.model).__name__}"):
                 self.check_logprobs()  # before bfloat16 is switched on: in float32, the comparison is sharp
-        self.config = self.model.config.get_text_config()
-        limits = [getattr(self.config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-        self.context = next(filter(None, limits), math.inf)
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.eos = sorted({self.tokenizer.eos_token_id, *ends, *end_of_turn(self.tokenizer)} - {None})
@@ -866,7 +908,12 @@ class Policy:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
             config = AutoConfig.from_pretrained(self.path)
             switch_off_dropout(config)
-            self.model = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, device_map=where)
+            self.model, loading = AutoModelForCausalLM.from_pretrained(
+                self.path, config=config, dtype=dtype, device_map=where, output_loading_info=True
+            )
+            missing = sorted(loading["missing_keys"])
+            require(not missing, f"{self.path} lacks {len(missing)} weights of {type(self.model).__name__}, such as "
+                    f"{missing[:1]}: they would be random.")  # fmt: skip
             if self.training and self.cfg.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})  # not every model supports it
         if self.training:
@@ -875,7 +922,7 @@ class Policy:
     @torch.no_grad()
     def check_logprobs(self) -> None:
         """token_logprobs applies the head to the hidden states itself. Refuse a model that does more than that."""
-        ids = torch.arange(32, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        ids = torch.arange(min(32, self.context), device=self.device)[None] % self.config.vocab_size
         is_response = ids.new_ones(ids.shape, dtype=torch.bool)
         is_response[:, 0] = False
         self.model.eval()
@@ -1032,6 +1079,7 @@ def train(cfg: Config) -> None:
         problems = encode_problems(cfg.data, run.policy, cfg)
         eval_problems = encode_problems(cfg.eval_data, run.policy, cfg) if cfg.eval_data else []
         sampler = (VLLMSampler if run.policy.vllm else HFSampler)(run.policy)
+        run.open_logs()
         with run.saved_at_the_end(), progress(total=cfg.steps, initial=run.step, desc="steps") as bar:
             while True:
                 if eval_problems and (run.step % cfg.eval_every == 0 or run.step == cfg.steps):
@@ -1116,8 +1164,9 @@ class Run:
         require(free, f"{self.out} holds another run: go on with it by --resume, or choose another --out.")
         found = all_gather(newest_checkpoint(self.out))[0] if cfg.resume else None
         if found:
-            with explain(f"reading {found}/state.json"):
-                self.step, self.cursor, self.metrics = json.loads((found / "state.json").read_text()).values()
+            with explain(f"reading {found}/state.json (if it is damaged, remove the folder: the one before is taken)"):
+                state = json.loads((found / "state.json").read_text())
+                self.step, self.cursor, self.metrics = int(state["step"]), int(state["cursor"]), dict(state["metrics"])
             self.check_settings(f"{found}")
         require(self.step <= cfg.steps, f"{self.out} is at step {self.step} already: raise --steps above {self.step}.")
         self.policy = (DeepSpeedPolicy if cfg.deepspeed else Policy)(str(found or cfg.model), cfg)
@@ -1126,14 +1175,21 @@ class Run:
                          f"start by --model {found}; damaged? remove it, and the one before is taken)"):  # fmt: skip
                 self.policy.load_optimizer(found)
             say(f"resuming after step {self.step} from {found}")
+
+    def open_logs(self) -> None:
+        """Write config.json, and cut the logs back to `step`: what comes after it is written again, to the digit.
+        Called when data and sampler are there, so that a start that fails changes nothing."""
+        cfg = self.cfg
         if rank() == 0:
-            partial = self.out / "config.json.partial"
-            partial.write_text(json.dumps(as_json(cfg), indent=2))
-            partial.replace(self.out / "config.json")
+            replace_text(self.out / "config.json", json.dumps(as_json(cfg), indent=2))
             for path in filter(Path.exists, (self.out / "metrics.jsonl", self.out / "samples.jsonl")):
-                rows = map(json.loads, re.findall(".*\n", path.read_text()))  # not what a kill has cut short
-                path.unlink()  # what comes after `step` is written again, to the digit
-                append_jsonl(path, [r for r in rows if (r["step"], r.get("kind") != "train") < (self.step, True)])
+                kept = ""
+                for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+                    with explain(f"reading {path}, line {number} (if it is damaged, remove the line)"):
+                        row = json.loads(line) if line.endswith("\n") else None  # a kill may have cut it short
+                        if row and (row["step"], row.get("kind") != "train") < (self.step, True):
+                            kept += line
+                replace_text(path, kept)
         if cfg.wandb and rank() == 0:
             with explain("--wandb (pip install wandb)"):
                 import wandb
@@ -1149,7 +1205,9 @@ class Run:
         paths inside --out are compared relative to it."""
 
         def value(settings: dict[str, Any], name: str) -> str:
-            return re.sub(f"^{re.escape(settings['out'].rstrip('/'))}/", "--out/", str(settings[name]))
+            text = str(settings[name])
+            inside = re.sub(f"^{re.escape(settings['out'].rstrip('/'))}/", "--out/", text)
+            return os.path.abspath(text) if inside == text and os.path.exists(text) else inside
 
         path = self.out / "config.json"
         if not path.exists():
@@ -1180,7 +1238,7 @@ class Run:
 
     def save(self) -> None:  # a checkpoint, whole and under its final name or not at all; two are kept
         final, partial = (self.out / "checkpoints" / name for name in (f"step_{self.step:06d}", "partial"))
-        if all_gather(final.exists())[0]:
+        if all_gather((final / "state.json").exists())[0]:
             return
         self.whole = False  # what cannot be written now is not tried again when the run ends
         with explain(f"writing the checkpoint {final} (is the disk full?)"):
@@ -1196,8 +1254,9 @@ class Run:
                 for file in filter(Path.is_file, partial.rglob("*")):
                     with open(file, "r+b") as handle:
                         os.fsync(handle.fileno())  # on the disk before the name says so
+                shutil.rmtree(final, ignore_errors=True)  # a copy without state.json is no checkpoint
                 partial.rename(final)
-                for old in sorted(final.parent.glob("step_*"))[:-2]:
+                for old in sorted(final.parent.glob(CHECKPOINT))[:-2]:
                     shutil.rmtree(old)
             all_gather("saved")  # no rank leaves, which could end the others, before rank 0 is done
         self.whole = True
@@ -1230,12 +1289,23 @@ class Run:
                 sys.exit(0)
             raise
         finally:
+            stop.clear()  # what follows in this process, as an evaluation, may run
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
+CHECKPOINT = "step_" + 6 * "[0-9]"  # and not a copy that somebody has named step_best
+
+
 def newest_checkpoint(out: Path) -> Path | None:  # None: it has none yet
-    return max((state.parent for state in (out / "checkpoints").glob("step_*/state.json")), default=None)
+    return max((state.parent for state in (out / "checkpoints").glob(f"{CHECKPOINT}/state.json")), default=None)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is whole at any time."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def as_json(cfg: SharedConfig) -> dict[str, Any]:
@@ -1408,6 +1478,30 @@ class VLLMSampler:
 
 
 # -------------------------------------------------------------------------------------------------- … DeepSpeed
+def read_deepspeed(path: str) -> dict[str, Any]:
+    """DeepSpeed's JSON file. It must not say what the command line decides, or leave open what a run needs to know."""
+    from deepspeed import DeepSpeedConfig
+
+    def without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, value in pairs:
+            require(value != "auto", f'{path}: {key} is "auto": give a value, or remove it.')
+        return dict(pairs)
+
+    with explain(f"reading {path}"):
+        config = json.loads(Path(path).read_text(), object_pairs_hook=without_auto)
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    has_stage = isinstance(zero, dict) and zero.get("stage") in (2, 3)
+    require(has_stage, f"{path}: zero_optimization.stage must be 2 or 3.")
+    decided = [key for key in ("optimizer", "scheduler", "fp16", "torch_autocast") if key in config]
+    decided += [f"zero_optimization.{key}" for key in zero if key.startswith(("offload", "cpu_offload"))]
+    require(not decided, f"{path}: remove {', '.join(decided)}, which the command line decides.")
+    with explain(f"reading {path}"):
+        accumulated = DeepSpeedConfig(dict(config)).gradient_accumulation_steps
+    require(accumulated == 1, f"{path}: gradient_accumulation_steps is {accumulated} (or follows from "
+            "train_batch_size), but must be 1: --tokens_per_micro_batch cuts mini-batches.")  # fmt: skip
+    return config
+
+
 class DeepSpeedPolicy(Policy):
     """The same on many GPUs: DeepSpeed shards weights, gradients and optimiser over the ranks as its JSON file says."""
 
@@ -1415,33 +1509,21 @@ class DeepSpeedPolicy(Policy):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        def without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            for key, value in pairs:
-                require(value != "auto", f'{cfg.deepspeed}: {key} is "auto": give a value, or remove it.')
-            return dict(pairs)
-
         self.deepspeed, cfg = deepspeed, self.cfg
-        with explain(f"reading {cfg.deepspeed}"):
-            config = json.loads(Path(cfg.deepspeed).read_text(), object_pairs_hook=without_auto)
-            for key in ("optimizer", "scheduler", "fp16"):
-                require(key not in config, f"{cfg.deepspeed}: remove {key}, which the command line decides.")
-            config |= {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
-            zero = config.setdefault("zero_optimization", {})
-            require(zero.get("stage") in (2, 3), f"{cfg.deepspeed}: zero_optimization.stage must be 2 or 3.")
-            self.sharded = zero["stage"] == 3
-            if cfg.offload:
-                zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
-            # it may also follow from train_batch_size
-            accumulated = deepspeed.DeepSpeedConfig(dict(config)).gradient_accumulation_steps
-            require(accumulated == 1, f"{cfg.deepspeed}: gradient_accumulation_steps is {accumulated} (or follows from "
-                    "train_batch_size), but must be 1: --tokens_per_micro_batch cuts mini-batches.")  # fmt: skip
+        config = read_deepspeed(cfg.deepspeed)
+        config |= {"gradient_clipping": cfg.grad_clip, "bf16": {"enabled": self.bf16}}
+        zero = config["zero_optimization"]
+        self.sharded = zero["stage"] == 3
+        if cfg.offload:
+            zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
         self.keep = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards each weight it reads
         super().load()
         if cfg.offload:
             self.optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(self.model.parameters(), weight_decay=cfg.weight_decay)
         scorer = torch.nn.Sequential(self.model)  # token_logprobs as a module, for DeepSpeed's engine to call
         scorer.forward = functools.partial(token_logprobs, self.model, temperature=cfg.temperature)
-        self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=config)
+        with explain(f"starting DeepSpeed with {cfg.deepspeed}"):
+            self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=self.optimizer, config=config)
         self.logprobs = self.engine  # the engine is called in the method's place
         # the head is gathered once for a whole pass, however many chunks of logits it has
         deepspeed.zero.register_external_parameter(scorer, self.model.get_output_embeddings().weight)
@@ -1547,6 +1629,8 @@ def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)
     check_launcher(deepspeed="")
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    require(in_main_thread or cfg.verifier == "dapo", "math-verify works in the main thread only: --verifier dapo.")
     n, done = cfg.eval_samples, cfg.out and (Path(cfg.out) / "eval.json").exists()
     require(not done, f"{cfg.out} holds an evaluation: choose another --out, or remove its eval.json.")
     policy = Policy(cfg.model, cfg)

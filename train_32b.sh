@@ -44,6 +44,15 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ -f $here/fipo.py ]] || here=${SLURM_SUBMIT_DIR:-$here}  # sbatch runs a copy of this script from elsewhere
 fail() { echo "train_32b.sh: $1" >&2; exit 1; }
 [[ -f $here/fipo.py ]] || fail "no fipo.py in $here: start it from the folder of fipo.py."
+for name in NNODES GPUS_PER_NODE TP; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name is ${!name}: it must be a whole number above 0."
+done
+for name in DRY_RUN OFFLOAD; do
+  [[ ${!name:-0} =~ ^[01]$ ]] || fail "$name is ${!name}: it must be 0 or 1."
+done
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  exec python "$here/scripts/plan.py" --help
+fi
 
 # DeepSpeed's launcher passes only PYTHON*, NCCL*, UCX*, MV2* and MLFLOW* on to the nodes. What else a run reads is
 # passed in the file DS_ENV_FILE, with a NAME=VALUE on each line. It may hold tokens, so it is deleted while it is open,
@@ -97,6 +106,7 @@ if [[ -n $HOSTFILE ]]; then
 else
   gpus=$((NNODES * GPUS_PER_NODE))
 fi
+(( gpus > 0 )) || fail "$HOSTFILE names no GPUs: it needs a line for each node, such as: node1 slots=8"
 (( gpus % TP == 0 )) || fail "TP=$TP does not divide the $gpus GPUs."
 [[ -n $HOSTFILE ]] || (( GPUS_PER_NODE % TP == 0 )) || fail "TP=$TP does not divide GPUS_PER_NODE=$GPUS_PER_NODE."
 
