@@ -1,5 +1,6 @@
 """Models and tokenizers other than Qwen2: they train correctly, or they are refused in one sentence."""
 
+import dataclasses
 import json
 
 import pytest
@@ -98,6 +99,25 @@ def test_evaluation_samples_from_a_model_that_changes_its_logits(family):
 def test_a_model_without_separate_hidden_states_is_refused_in_one_sentence(family):
     with pytest.raises(fipo.FipoError, match="^computing log-probs with Llama4ForCausalLM failed: "):
         fipo.train(family("llama4_text"))
+
+
+def test_weights_that_the_checkpoint_lacks_are_named(family):
+    """transformers would fill them with random numbers."""
+    cfg = family("qwen2")
+    model = AutoModelForCausalLM.from_pretrained(cfg.model)
+    weights = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(cfg.model, state_dict=weights)
+    with pytest.raises(fipo.FipoError, match="lacks 3 weights of Qwen2ForCausalLM, such as .*layers.1.mlp.down_proj"):
+        fipo.train(cfg)
+
+
+def test_a_context_shorter_than_the_check_is_no_obstacle(family, any_verdict):
+    cfg = dataclasses.replace(family("gpt2"), max_response=8, max_prompt=8)
+    config = AutoConfig.from_pretrained(cfg.model, n_positions=24)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(cfg.model)
+    fipo.train(cfg)
 
 
 def test_a_model_without_gradient_checkpointing_is_refused_in_one_sentence(family):
@@ -244,6 +264,25 @@ def test_without_a_template_the_assistant_s_last_message_is_continued(reader, tm
     chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "The sum"}]
     (problem,) = problems_of(tmp_path, policy, chat)
     assert policy.tokenizer.decode(problem.prompt_ids) == "1+1=?\n\nThe sum"
+
+
+@pytest.mark.parametrize("template", [
+    "{# nothing #}",
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_end|>' }}{% endfor %}",  # it expects lists of parts
+])  # fmt: skip
+def test_a_template_that_drops_the_question_is_refused(chat_reader, tmp_path, template):
+    policy = fipo.Policy(chat_reader(template), fipo.EvalConfig(sampler="hf"))
+    with pytest.raises(fipo.FipoError, match="chat template does not write the last message as it is: '1[+]1=.'"):
+        problems_of(tmp_path, policy, "1+1=?")
+
+
+def test_a_token_between_answer_and_end_of_turn_is_not_the_end(chat_reader):
+    template = CHAT.replace("m['content'] + '<|im_end|>", "m['content'] + '</think><|im_end|>")
+    folder = chat_reader(template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["</think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert tokenizer.convert_ids_to_tokens(fipo.end_of_turn(tokenizer)) == ["<|im_end|>"]
 
 
 def test_a_template_that_refuses_the_system_role_gives_one_sentence(chat_reader, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -63,6 +64,9 @@ MATH_VERDICTS = [  # ground truth, what stands after "Answer:", right
     (r"\text{Evelyn}", "Evelyn", True), ("Evelyn", r"\text{Evelyn}", True), (r"\text{Evelyn}", "Carla", False),
     (r"\text{no solution}", "No solution.", True),
     (r"[1,2)", "[1, 2)", True), (r"[1,2)", "[1, 2]", False), ("5", "__5__", True), ("x^2+1", "x² + 1", True),
+    ("10000", r"$10\,000$", True), ("0", r"1\,000", False), ("12000", "12 000", True), ("-5", "minus 5", True),
+    ("5", "minus 5", False), ("-5", "–5", True), ("42", "≥ 42", False), ("5", "more than 5", False),
+    ("5", "5 million", False), ("5", "5 times 3", False), (r"\sqrt{3.5}", "√3.5", True),
     ("12", "12 cm²", True), (r"[0, \infty)", "[0, inf)", True), ("12", "€12", True),
 ]  # fmt: skip
 
@@ -164,6 +168,26 @@ def test_the_file_that_is_named_is_read_as_it_is_now(tmp_path, name):
     assert set(datasets_cache.rglob("*")) == cached
 
 
+def test_decimals_of_parquet_and_text_that_begins_with_a_brace(tmp_path):
+    rows = {"prompt": ["{1, 2} is a set. Its sum?", "b"], "answer": [Decimal("17.00"), Decimal("0.50")]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    problems = load_problems(str(tmp_path / "a.parquet"))
+    assert [(p.prompt, p.answer) for p in problems] == [("{1, 2} is a set. Its sum?", "17"), ("b", "0.5")]
+
+
+def test_empty_media_are_no_media(tmp_path):
+    rows = [{"prompt": "a", "answer": "1", "images": [None], "image": {"bytes": None, "path": None}, "videos": "[]"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert len(load_problems(str(tmp_path / "a.jsonl"))) == 1
+
+
+def test_answers_that_the_dapo_rule_cannot_match_are_counted(base, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1+1=?\n", "solution": "We add. " * 20 + "Answer: $2$."}])
+    policy = fipo.Policy(base, fipo.EvalConfig(sampler="hf"))
+    fipo.encode_problems(str(tmp_path / "a.jsonl"), policy, fipo.EvalConfig(max_prompt=16, max_response=8))
+    assert "1 of 1 answers have over 100 characters, which the dapo verifier compares" in capsys.readouterr().out
+
+
 def test_gsm8k_and_aime_files():
     gsm8k = load_problems(shared_data("gsm8k/train.jsonl"))
     assert len(gsm8k) == 7473 and gsm8k[0].answer == "72" and "Natalia" in gsm8k[0].prompt[0]["content"]
@@ -194,6 +218,10 @@ def test_gsm8k_and_aime_files():
     ([{"prompt": math.nan, "answer": "1"}], "neither text nor chat messages"),
     ([{"prompt": "a", "answer": "1", "images": images} for images in ([], None, ["a.png"])], "row 3 has images: only"),
     ([{"prompt": "a", "answer": "1", "video": "x.mp4", "image_1": "y"}], "row 1 has video and image_1: only problems"),
+    ([{"prompt": "a", "answer": "1", "multi_modal_data": {"image": ["a.png"]}}], "row 1 has multi_modal_data: only"),
+    ([{"prompt": "a", "answer": "1", "image_path": path} for path in ("", "a.png")], "row 2 has image_path: only"),
+    ([{"prompt": '{"role": "user", "content": "a"}', "answer": "1"}], "neither text nor chat messages"),
+    ([{"prompt": '[{"from": "human", "value": "a"}]', "answer": "1"}], "neither text nor chat messages"),
     ([{"prompt": "\ud800", "answer": "1"}], "a.jsonl failed: .*surrogates not allowed"),
 ])  # fmt: skip
 def test_bad_rows_are_named(tmp_path, rows, said):

@@ -777,3 +777,44 @@ def test_batches_of_equal_rewards_end_the_run_after_max_gen_rounds(hopeless_at_f
     with pytest.raises(fipo.NoSignal, match="after 3 rounds .* accuracy seen: 0.0%. Give easier problems"):
         fipo.train(dataclasses.replace(hopeless_at_first, max_gen_rounds=3, out=hopeless_at_first.out + "2"))
     assert capsys.readouterr().out.count("skipped a batch") == 4
+
+
+def test_a_damaged_log_is_named_and_kept(small):
+    fipo.train(dataclasses.replace(small, steps=1, save_every=1))
+    path = Path(small.out) / "metrics.jsonl"
+    damaged = path.read_text() + "not JSON\n"
+    path.write_text(damaged)
+    with pytest.raises(fipo.FipoError, match="metrics.jsonl, line 3 .*remove the line"):
+        fipo.train(dataclasses.replace(small, resume=True))
+    assert path.read_text() == damaged
+
+
+def test_a_start_that_fails_leaves_settings_and_logs_as_they_are(small, sums):
+    fipo.train(dataclasses.replace(small, steps=1, eval_data=sums))
+    files = [Path(small.out) / name for name in ("config.json", "metrics.jsonl", "samples.jsonl")]
+    before = [file.read_text() for file in files]
+    with pytest.raises(fipo.FipoError, match="nowhere.jsonl"):
+        fipo.train(dataclasses.replace(small, resume=True, eval_data="nowhere.jsonl"))
+    assert [file.read_text() for file in files] == before
+
+
+def test_a_copy_of_a_checkpoint_is_neither_resumed_nor_removed(small):
+    fipo.train(dataclasses.replace(small, steps=2, save_every=1))
+    copy = checkpoint(small, 1).with_name("step_best")
+    shutil.copytree(checkpoint(small, 1), copy)
+    assert fipo.newest_checkpoint(Path(small.out)) == checkpoint(small, 2)
+    fipo.train(dataclasses.replace(small, steps=3, save_every=1, resume=True))
+    assert copy.exists() and checkpoint(small, 3).exists() and not checkpoint(small, 1).exists()
+
+
+def test_an_incomplete_checkpoint_is_written_again(small):
+    fipo.train(dataclasses.replace(small, save_every=1))
+    (checkpoint(small, 2) / "state.json").unlink()
+    fipo.train(dataclasses.replace(small, save_every=1, resume=True))
+    assert fipo.newest_checkpoint(Path(small.out)) == checkpoint(small, 2)
+
+
+def test_a_run_resumes_with_another_spelling_of_the_same_path(small, monkeypatch):
+    fipo.train(dataclasses.replace(small, steps=1))
+    monkeypatch.chdir(Path(small.data).parent)
+    fipo.train(dataclasses.replace(small, resume=True, data=Path(small.data).name, model=small.model + "/"))
