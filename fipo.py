@@ -394,18 +394,24 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
     require(problems, f"{source}: every prompt is longer than --max_prompt {cfg.max_prompt} tokens: raise it.")
     if len(problems) < len(found):
         say(f"{source}: of the first {len(encoded)} of {len(found)} problems, {len(problems)} are within --max_prompt.")
-    long = sum(len(p.answer) > 100 for p in problems)
-    if long and cfg.verifier == "dapo":
-        say(f"{source}: {long} of {len(problems)} answers have over 100 characters, which the dapo verifier compares "
-            "as text: use --verifier math, or a column with the results alone.")  # fmt: skip
-    padded = sum(bool(re.match(r"-?0\d", normalize_answer(p.answer))) for p in problems)
-    if padded and cfg.verifier == "dapo":
-        say(f"{source}: {padded} of {len(problems)} answers begin with 0, which the dapo verifier compares as text: "
-            "use --verifier math.")  # fmt: skip
+    if cfg.verifier == "dapo":
+        warn_of_answers(source, problems)
     longest = max(len(p.prompt_ids) for p in problems)
     require(longest + cfg.max_response <= policy.context, f"{source}: the longest prompt has {longest} tokens: with "
             f"--max_response {cfg.max_response}, it exceeds the model's context of {policy.context}.")  # fmt: skip
     return problems
+
+
+def warn_of_answers(source: str, problems: list[Problem]) -> None:
+    """Report answers that the dapo verifier, which compares text, will hardly find in a response."""
+    too_long = sum(len(p.answer) > 100 for p in problems)
+    if too_long:
+        say(f"{source}: {too_long} of {len(problems)} answers have over 100 characters, which the dapo verifier "
+            "compares as text: use --verifier math, or a column with the results alone.")  # fmt: skip
+    zero_padded = sum(bool(re.match(r"-?0\d", normalize_answer(p.answer))) for p in problems)
+    if zero_padded:
+        say(f"{source}: {zero_padded} of {len(problems)} answers begin with 0, which the dapo verifier compares as "
+            "text: use --verifier math.")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- 3. Rollouts
@@ -465,7 +471,7 @@ class HFSampler:
         problems = [Problem("", "", list(range(length))) for length in (1, 4)]
         groups = self.generate(problems, [0, 1], 2, 4, 1.0, 1.0)
         errors = []
-        for r in (r for group in groups for r in group):
+        for r in [*groups[0], *groups[1]]:
             ids = torch.tensor([r.problem.prompt_ids + list(r.response_ids)], device=self.policy.device)
             logp = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             logp = logp.gather(1, ids[0, 1:, None])[-len(r.response_ids) :, 0]
@@ -717,7 +723,7 @@ def token_logprobs(model: Any, input_ids: Tensor, response_mask: Tensor, tempera
     input_ids, response_mask [B, L] -> logp, entropy [B, L], float32, each value at its token's own position and 0
     outside the mask. Rows are prompt + response, padded on the right with anything: under causal attention no token
     sees what follows it, so no attention mask is needed. Logits exist for `chunk` tokens at a time, [chunk, V], and
-    are computed anew in backward: [B, L, V] never is. The head runs in float32, also under autocast: bfloat16 logits
+    are recomputed in backward: [B, L, V] never exists. The head runs in float32, also under autocast: bfloat16 logits
     are rounded to 1/16 or 1/8 where they are large, which is more than a policy moves in one update."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, D]
     rows, t = response_mask[:, 1:].bool().nonzero(as_tuple=True)  # [N] each: position t predicts token t + 1
@@ -726,7 +732,8 @@ def token_logprobs(model: Any, input_ids: Tensor, response_mask: Tensor, tempera
     bias = None if head.bias is None else head.bias.float()
 
     def score(h: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(h.device.type, enabled=False):  # not head(h), which ZeRO-3 would gather anew
+        # The weight is passed on its own: head(h) would make ZeRO-3 gather it again for every chunk.
+        with torch.autocast(h.device.type, enabled=False):
             logits = torch.nn.functional.linear(h.float(), weight, bias)
         logp = (logits / temperature).log_softmax(-1)  # [chunk, V]
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
@@ -1069,10 +1076,13 @@ def collect_rollouts(sampler: Any, problems: list[Problem], cfg: Config, step: i
                    f"Give {'harder' if fmean(accuracies) > 0.5 else 'easier'} problems or a larger group.")  # fmt: skip
 
 
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def train(cfg: Config) -> None:
     """Train a model by FIPO, DAPO or GRPO. Exits if a signal ended the run early."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    require(in_main_thread, "train handles signals, so it must be called from the main thread (of another process?).")
+    require(in_main_thread(), "train handles signals, so it must be called from the main thread (of another process?).")
     cfg = resolve(cfg)
     with joined_ranks(cfg.deepspeed):
         run = Run(cfg)
@@ -1629,8 +1639,7 @@ def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model; with --out, write them and every response there."""
     check(cfg)
     check_launcher(deepspeed="")
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    require(in_main_thread or cfg.verifier == "dapo", "math-verify works in the main thread only: --verifier dapo.")
+    require(in_main_thread() or cfg.verifier == "dapo", "math-verify works in the main thread only: --verifier dapo.")
     n, done = cfg.eval_samples, cfg.out and (Path(cfg.out) / "eval.json").exists()
     require(not done, f"{cfg.out} holds an evaluation: choose another --out, or remove its eval.json.")
     policy = Policy(cfg.model, cfg)
