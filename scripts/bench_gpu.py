@@ -286,8 +286,8 @@ def measure_step(say: Note, size: Size, work: Path) -> None:
             say(f"step {line['step']}", spent | {
                 "tokens/s": line["tokens_per_second"], "mismatch": line["sampler_mismatch"],
                 "tolerance": first["tolerance"], "|Δ| at the first update": first["drift"],
-                "ratio at the first update": math.exp(-first["policy_kl"]),
-                "f at the first update": first["influence/mean"]})  # fmt: skip
+                "ratio at the first update": math.exp(-first["ppo_kl"]),
+                "f at the first update": first["influence_mean"]})  # fmt: skip
         say("", {"peak GiB": torch.cuda.max_memory_allocated() / plan.GIB if GPU else ""})
 
 
@@ -410,7 +410,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the process of a part is given its folder
     given = parser.parse_args(argv)
     size = replace(TINY if given.tiny else Size(), **{"tokens": given.tokens} if given.tokens else {})
-    with fipo.one_clear_sentence(), tempfile.TemporaryDirectory() as nowhere:
+    with fipo.report_errors(), tempfile.TemporaryDirectory() as nowhere:
         unknown = ", ".join(part for part in given.parts if part not in PARTS)
         fipo.require(not unknown, f"there is no part {unknown}: choose from {', '.join(PARTS)}.")
         fipo.require(given.tiny or GPU, "there is no GPU here: --tiny tries everything without one.")

@@ -79,5 +79,5 @@ if __name__ == "__main__":
     parser.add_argument("--data", required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--responses", type=int, default=16, help="how many (16)")
     given = parser.parse_args()
-    with fipo.one_clear_sentence():
+    with fipo.report_errors():
         main(given.model, given.data, given.responses)

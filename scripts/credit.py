@@ -587,7 +587,7 @@ def read_run(part: str, arm: str, seed: int) -> dict[str, Any]:
     steps = json.loads((folder / "config.json").read_text())["steps"]
     seen = [x for x in lines if "eval/accuracy" in x]
     seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + EVERY, steps + 1, EVERY)]
-    logged = {name: [x[name] for x in lines if name in x] for name in ("oracle/correlation", "influence/last")}
+    logged = {name: [x[name] for x in lines if name in x] for name in ("oracle/correlation", "influence_last")}
     means = {name: fmean(values) if values else None for name, values in logged.items()}
     curve = [x["eval/accuracy"] for x in seen]
     return {"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen), **means, "curve": curve}
@@ -618,7 +618,7 @@ def against_rivals(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
     found = {}
     for which, mine in by_arm.items():
         columns = {key: [row[key] for row in mine.values() if row[key] is not None]
-                   for key in ("area", "final", "length", "oracle/correlation", "influence/last")}  # fmt: skip
+                   for key in ("area", "final", "length", "oracle/correlation", "influence_last")}  # fmt: skip
         for name, rival in rivals(*which).items():
             pairs = [(row, by_arm[rival][seed]) for seed, row in mine.items() if seed in by_arm.get(rival, {})]
             columns |= {f"{key} − {name}": [a[key] - b[key] for a, b in pairs] for key in ("area", "final", "length")}
@@ -769,7 +769,7 @@ def main(argv: list[str]) -> None:
     } | {part: partial(train_arms, part) for part in ARMS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
-    with fipo.one_clear_sentence():
+    with fipo.report_errors():
         parts[parser.parse_args(argv).part]()
 
 

@@ -15,7 +15,7 @@ from plan import fipo, is_local, settings_of
 def fetch(argv: list[str]) -> None:
     cfg = settings_of(argv)
     if not Path(cfg.model).is_dir():
-        with fipo.explain(f"downloading the model {cfg.model!r}"):
+        with fipo.user_error(f"downloading the model {cfg.model!r}"):
             snapshot_download(cfg.model)
     for source in filter(None, (cfg.data, cfg.eval_data)):
         # Offline, `datasets` finds only data that it has already prepared: a downloaded snapshot is not enough.
@@ -24,5 +24,5 @@ def fetch(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with fipo.one_clear_sentence():
+    with fipo.report_errors():
         fetch(sys.argv[1:])

@@ -58,7 +58,7 @@ BOUNDS = ("stage3_max_live_parameters", "stage3_prefetch_bucket_size", "reduce_b
 def number(name: str, default: float) -> float:
     """A positive number from the environment."""
     text = os.environ.get(name) or str(default)
-    with fipo.explain(f"reading {name} from the environment"):
+    with fipo.user_error(f"reading {name} from the environment"):
         value = float(text)
     fipo.require(value > 0, f"{name} is {text}: it must be more than 0.")
     return value
@@ -89,9 +89,9 @@ def shape_of(model: str) -> tuple[PreTrainedConfig, int]:
     if model == "Qwen/Qwen2.5-32B":  # known here, so that the plan needs no hub
         config = Qwen2Config(**QWEN_32B)
     else:
-        with fipo.explain(f"reading the config of the model {model!r}"):
+        with fipo.user_error(f"reading the config of the model {model!r}"):
             config = AutoConfig.from_pretrained(model)
-    with fipo.explain(f"counting the parameters of {model!r}"), torch.device("meta"):
+    with fipo.user_error(f"counting the parameters of {model!r}"), torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     text = config.get_text_config()  # a model that sees, too, keeps its sizes in there
     for name in QWEN_32B:
@@ -374,5 +374,5 @@ model        {cfg.model}: {parameters / BILLION:.2f} billion parameters, P; {con
 
 
 if __name__ == "__main__":
-    with fipo.one_clear_sentence():
+    with fipo.report_errors():
         plan(sys.argv[1:])

@@ -1,8 +1,10 @@
-"""Problems for a small language model: sums of four numbers from 10 to 99, with one worked example in the prompt.
+"""Write problems for a small language model: sums of four numbers between 10 and 99.
 
-  python scripts/sums.py DIR       # writes DIR/train.jsonl (1000 problems) and DIR/eval.jsonl (64 others)
+  python scripts/sums.py DIR
 
-The prompt is a chat with an empty system message, so that the template does not add 20 tokens of its own.
+writes DIR/train.jsonl with 1000 problems and DIR/eval.jsonl with 64 others. Each prompt contains
+one worked example. It is a chat with an empty system message, because the chat templates of some
+models would otherwise add a system message of about 20 tokens.
 """
 
 import json
@@ -13,20 +15,25 @@ from pathlib import Path
 EXAMPLE = "3 + 4 + 5\n3 + 4 = 7\n7 + 5 = 12\nAnswer: 12\n\n"
 
 
-def row(numbers: tuple[int, ...]) -> dict:
-    content = EXAMPLE + " + ".join(map(str, numbers)) + "\n"
-    prompt = [{"role": "system", "content": ""}, {"role": "user", "content": content}]
+def problem(numbers: tuple[int, ...]) -> dict:
+    question = " + ".join(map(str, numbers))
+    prompt = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": f"{EXAMPLE}{question}\n"},
+    ]
     return {"prompt": prompt, "answer": str(sum(numbers))}
 
 
 def main(folder: Path) -> None:
-    rng, problems = random.Random(0), {}
-    while len(problems) < 1064:
-        problems[tuple(rng.randint(10, 99) for _ in range(4))] = None
-    rows = [row(numbers) for numbers in problems]
+    rng = random.Random(0)
+    distinct = {}
+    while len(distinct) < 1064:
+        numbers = tuple(rng.randint(10, 99) for _ in range(4))
+        distinct[numbers] = problem(numbers)
+    lines = [json.dumps(row) + "\n" for row in distinct.values()]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("eval", rows[:64]), ("train", rows[64:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    (folder / "eval.jsonl").write_text("".join(lines[:64]))
+    (folder / "train.jsonl").write_text("".join(lines[64:]))
 
 
 if __name__ == "__main__":

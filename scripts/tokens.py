@@ -1,19 +1,21 @@
 """Which tokens did RL change? Compares a model before and after training, token by token.
 
-Both models write responses to the same problems, and both score every token of them. Δlog p = log π_RL − log π_base
-has a sign (arXiv 2603.22117); KL, JS divergence and entropy, which it is held against, have none. All are in nats, at
-temperature 1, over the whole vocabulary. This Δ spans all of training, that of fipo.py the updates of one batch.
-Token replacement is the test that decides: one model writes, and where a criterion fires, that one token is drawn from
-the other. How few tokens carry the base model to the trained model's accuracy?
+Both models write responses to the same problems, and both score every token of all responses.
+Δlog p = log π_RL − log π_base is signed (arXiv 2603.22117). It is compared with KL, JS divergence
+and entropy, which are not. All are in nats, at temperature 1, over the whole vocabulary. This Δ
+spans the whole training, whereas the Δ in fipo.py spans the updates on one batch of rollouts.
+Token replacement then tests which of these measures finds the tokens that matter: one model
+writes, and wherever a criterion fires, that one token is drawn from the other model. How few
+replaced tokens bring the base model to the trained model's accuracy?
 
   python scripts/tokens.py --base DIR --trained DIR --data FILE --out DIR
 
-writes metrics.json, histograms.png, replacement.png, token_map.html and, of one response, token_map.png.
+writes metrics.json, histograms.png, replacement.png, token_map.html and, for one response,
+token_map.png.
 """
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
 import math
@@ -24,461 +26,776 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from typing import Any, ClassVar, Literal
 
+import jinja2  # installed with torch
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fipo  # noqa: E402
-from fipo import Problem, arg, derive_seed, explain, progress, require, sample_token, say  # noqa: E402
+from fipo import (  # noqa: E402
+    Problem,
+    derive_seed,
+    progress,
+    require,
+    sample_token,
+    say,
+    setting,
+    user_error,
+)
 
 
-# ------------------------------------------------------------------------------------------------------- Settings
+# --------------------------------------------------------------------------------------- Settings
 @dataclass
 class TokensConfig(fipo.SharedConfig):
-    base: str = arg("", "model folder or hub name before training")
-    trained: str = arg("", "the same model after training, as OUT/checkpoints/step_…")
-    problems: int = arg(128, "the first so many problems of --data (0: all)")
-    seeds: int = arg(3, "responses per problem; spreads are taken over them")
-    tokens_per_micro_batch: int = arg(32768, "padded tokens per forward pass of scoring")
-    replacement: bool = arg(True, "do token replacement, which needs both models in memory at once")
-    extrapolate: float = arg(0.1, "γ of the extrapolation (1 + γ) log π_RL − γ log π_base")
-    dtype: Literal["auto", "float32", "bfloat16"] = arg("float32", "compute dtype; bfloat16's rounding shows in Δlog p")
-    sampler: ClassVar[str] = "hf"  # both models are looked into at every token
+    base: str = setting("", "model folder or hub name before training")
+    trained: str = setting(
+        "", "the same model after training, for example OUT/checkpoints/step_000400"
+    )
+    problems: int = setting(128, "use only the first N problems of --data (0: all)")
+    seeds: int = setting(3, "responses per problem; spreads are taken over them", least=1)
+    tokens_per_micro_batch: int = setting(
+        32768, "tokens per forward pass of scoring, padding included", least=1
+    )
+    replacement: bool = setting(True, "run token replacement, which holds both models in memory")
+    extrapolate: float = setting(0.1, "γ of the extrapolation (1 + γ) log π_RL − γ log π_base")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "float32", "compute dtype; the rounding of bfloat16 is visible in Δlog p"
+    )
 
 
-def check(cfg: TokensConfig) -> None:
-    fipo.check(cfg)
-    require(cfg.out, "--out is missing.")
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "the token study runs in one process: start it by python.")
-    tokens = []
-    for path in (cfg.base, cfg.trained):
-        with explain(f"reading the tokenizer of {path!r}, a model folder or hub name,"):
-            head = AutoConfig.from_pretrained(path).get_text_config().vocab_size
-            tokens.append((head, AutoTokenizer.from_pretrained(path).get_vocab()))
-    require(tokens[0] == tokens[1], f"{cfg.base} and {cfg.trained} have different tokenizers or vocabularies: "
-            "Δlog p compares the same tokens, so give a model and what it was trained into.")  # fmt: skip
+def check_settings(cfg: TokensConfig) -> None:
+    fipo.require_given(cfg, "base", "trained", "data", "out")
+    fipo.check_bounds(cfg)
+    is_single = os.environ.get("WORLD_SIZE", "1") == "1"
+    require(is_single, "the token study runs in one process: start it with python.")
+    require(
+        vocabulary(cfg.base) == vocabulary(cfg.trained),
+        f"{cfg.base} and {cfg.trained} have different tokenizers or vocabularies: Δlog p compares "
+        "the same tokens, so --trained must be a model that was trained from --base.",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- Measures
+def vocabulary(path: str) -> tuple[int, dict[str, int]]:
+    """Return the vocabulary size of a model and the token ids of its tokenizer."""
+    with user_error(f"reading the tokenizer of {path!r}, a model folder or hub name,"):
+        size = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+        return size, AutoTokenizer.from_pretrained(path).get_vocab()
+
+
+# --------------------------------------------------------------------------------------- Measures
+MEASURES = {
+    "delta_logp": "Δlog p",
+    "kl": "KL(π_RL ‖ π_base)",
+    "js": "JS divergence",
+    "entropy_base": "entropy of π_base",
+    "entropy_trained": "entropy of π_RL",
+}
+
+
 @dataclass
 class Response(fipo.Rollout):
-    measures: dict[str, torch.Tensor] = field(default_factory=dict)  # [T] each: what is found out about its tokens
-    replaced: int = 0  # tokens that token replacement drew from the other model
+    """A rollout with what this study measures at its tokens."""
+
+    measures: dict[str, Tensor] = field(default_factory=dict)  # [T] each
+    replaced: int = 0  # number of tokens that came from the other model
 
 
-MEASURES = {"delta_logp": "Δlog p", "kl": "KL(π_RL ‖ π_base)", "js": "JS divergence",
-            "entropy_base": "entropy of π_base", "entropy_trained": "entropy of π_RL"}  # fmt: skip
+Written = dict[str, list[Response]]  # by the model that wrote them, "base" or "trained"
+Row = dict[str, Any]
 
 
-def compare(base: torch.Tensor, trained: torch.Tensor, token: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The MEASURES, and each model's log-prob of the token, from the log-probs of both. [N, V], [N, V], [N] -> [N]."""
-
-    def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        return (p.exp() * (p - q)).sum(-1)
-
-    both = {"base": base, "trained": trained}
-    logp = {who: p.gather(1, token[:, None])[:, 0] for who, p in both.items()}
-    entropy = {f"entropy_{who}": -(p.exp() * p).sum(-1) for who, p in both.items()}
-    middle = torch.logaddexp(base, trained) - math.log(2)
-    js = (kl(trained, middle) + kl(base, middle)) / 2
-    return {"delta_logp": logp["trained"] - logp["base"], "kl": kl(trained, base), "js": js} | entropy | logp
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p ‖ q) from the log-probs p and q. [N, V], [N, V] -> [N]."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
-def hidden_states(policy: fipo.Policy, parts: list[list[Response]]) -> Iterator[torch.Tensor]:
-    """What a model hands to its head to predict the tokens of each response, [T, D]."""
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy from the log-probs p. [N, V] -> [N]."""
+    return -(p.exp() * p).sum(-1)
+
+
+def compare(base: Tensor, trained: Tensor, token: Tensor) -> dict[str, Tensor]:
+    """Return the MEASURES, and the log-prob of the token under each model.
+
+    The arguments are the log-probs of both models and the token. [N, V], [N, V], [N] -> [N] each.
+    """
+    base_logp = base.gather(1, token[:, None])[:, 0]
+    trained_logp = trained.gather(1, token[:, None])[:, 0]
+    mixture = torch.logaddexp(base, trained) - math.log(2)
+    return {
+        "delta_logp": trained_logp - base_logp,
+        "kl": kl_divergence(trained, base),
+        "js": (kl_divergence(trained, mixture) + kl_divergence(base, mixture)) / 2,
+        "entropy_base": entropy(base),
+        "entropy_trained": entropy(trained),
+        "base": base_logp,
+        "trained": trained_logp,
+    }
+
+
+def hidden_states(policy: fipo.Policy, parts: list[list[Response]]) -> Iterator[Tensor]:
+    """Yield the states from which the head predicts the tokens of each response, [T, D]."""
     for part in progress(parts, desc="score"):
         ids, mask, *_ = fipo.collate(part, policy.device)
         with policy.autocast():
             hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        yield from (row[where] for row, where in zip(hidden[:, :-1], mask[:, 1:]))
+        for row, predicts_response in zip(hidden[:, :-1], mask[:, 1:]):
+            yield row[predicts_response]
 
 
 @torch.no_grad()
 def measure(responses: list[Response], cfg: TokensConfig, chunk: int = 256) -> None:
-    """Fill `measures`. One model is in memory at a time; of the base, its head stays, and on the host its states."""
+    """Fill in `measures`, with logits of `chunk` tokens at a time.
+
+    Only one model is in memory at a time. The hidden states of the base model wait on the host for
+    the trained model to be scored, and its head stays on the device.
+    """
     parts = fipo.micro_batches(responses, cfg.tokens_per_micro_batch)
     policy = fipo.Policy(cfg.base, cfg)
-    kept, base_head = [h.cpu() for h in hidden_states(policy, parts)], policy.model.get_output_embeddings()
+    base_head = policy.model.get_output_embeddings()
+    base_states = [states.cpu() for states in hidden_states(policy, parts)]
     del policy
     policy = fipo.Policy(cfg.trained, cfg)
-    heads = base_head, policy.model.get_output_embeddings()
-    for r, *hidden in zip(itertools.chain(*parts), kept, hidden_states(policy, parts)):
-        found = []
-        for *both, token in zip(*(x.to(policy.device).split(chunk) for x in (*hidden, torch.tensor(r.response_ids)))):
-            logp = [head(h).float().log_softmax(-1) for head, h in zip(heads, both)]  # [chunk, V] each
-            found.append(compare(*logp, token))
-        r.measures |= {name: torch.cat([each[name] for each in found]).cpu() for name in found[0]}
+    trained_head = policy.model.get_output_embeddings()
+    trained_states = hidden_states(policy, parts)
+    for r, base, trained in zip(itertools.chain(*parts), base_states, trained_states):
+        token = torch.tensor(r.response_ids, device=policy.device)
+        states = zip(base.to(policy.device).split(chunk), trained.split(chunk), token.split(chunk))
+        chunks = []
+        for base_chunk, trained_chunk, token_chunk in states:
+            base_logp = base_head(base_chunk).float().log_softmax(-1)  # [chunk, V]
+            trained_logp = trained_head(trained_chunk).float().log_softmax(-1)
+            chunks.append(compare(base_logp, trained_logp, token_chunk))
+        for name in chunks[0]:
+            r.measures[name] = torch.cat([values[name] for values in chunks]).cpu()
 
 
-def values_of(responses: list[Response], name: str) -> torch.Tensor:
+def values_of(responses: list[Response], name: str) -> Tensor:
     return torch.cat([r.measures[name] for r in responses])
 
 
-def extremes(responses: list[Response], tokenizer: Any, sign: int, n: int = 20) -> list[dict[str, Any]]:
-    """The `n` tokens with the largest sign · Δlog p, each between its neighbours; repeated contexts are shown once."""
-    places = [(r, i) for r in responses for i in range(len(r.response_ids))]
-    found: dict[Any, dict[str, Any]] = {}
-    for k in (sign * values_of(responses, "delta_logp")).argsort(descending=True).tolist():
-        r, i = places[k]
-        ids, at = [*r.problem.prompt_ids, *r.response_ids], len(r.problem.prompt_ids) + i
-        parts = {"before": ids[max(at - 24, 0) : at], "token": ids[at : at + 1], "after": ids[at + 1 : at + 9]}
-        row = {"delta_logp": r.measures["delta_logp"][i].item()} | {k: tokenizer.decode(v) for k, v in parts.items()}
-        found.setdefault((row["before"], row["token"]), row)
-        if len(found) == n:
+def extremes(responses: list[Response], tokenizer: Any, sign: int, n: int = 20) -> list[Row]:
+    """Return the `n` tokens with the largest sign · Δlog p, each between its neighbours.
+
+    A token that occurs again in the same context is listed once.
+    """
+    places = []
+    for r in responses:
+        for i, delta_logp in enumerate(r.measures["delta_logp"].tolist()):
+            places.append((delta_logp, r, i))
+    places.sort(key=lambda place: -sign * place[0])
+    rows = {}
+    for delta_logp, r, i in places:
+        ids = [*r.problem.prompt_ids, *r.response_ids]
+        at = len(r.problem.prompt_ids) + i
+        row = {
+            "delta_logp": delta_logp,
+            "before": tokenizer.decode(ids[max(at - 24, 0) : at]),
+            "token": tokenizer.decode(ids[at]),
+            "after": tokenizer.decode(ids[at + 1 : at + 9]),
+        }
+        rows.setdefault((row["before"], row["token"]), row)
+        if len(rows) == n:
             break
-    return list(found.values())
+    return list(rows.values())
 
 
-def summarize(who: str, responses: list[Response], tokenizer: Any, tolerance: float) -> dict[str, Any]:
-    sampled = torch.tensor([logp for r in responses for logp in r.sampler_logp])
-    apart = (values_of(responses, who) - sampled).abs().mean().item()  # or the model does more behind its head
-    require(apart <= tolerance, f"the {who} model's log-probs, scored, differ by {apart:.2g} a token from those it "
-            "sampled with: it scales or caps its logits, which the token study cannot follow.")  # fmt: skip
-    below = {name: {str(x): (values_of(responses, name).abs() < x).float().mean().item() for x in (0.01, 0.1, 1)}
-             for name in MEASURES}  # fmt: skip
-    accuracy, length = mean(r.correct for r in responses), mean(len(r.response_ids) for r in responses)
-    say(f"written by the {who} model: accuracy {accuracy:.1%}, mean length {length:.1f}, |Δlog p| of tokens: "
-        + ", ".join(f"{share:.1%} below {x}" for x, share in below["delta_logp"].items()))  # fmt: skip
-    return {"accuracy": accuracy, "response_length": length, "share_below": below,
-            "smallest_delta_logp": extremes(responses, tokenizer, -1),
-            "largest_delta_logp": extremes(responses, tokenizer, 1)}  # fmt: skip
+def summarize(who: str, responses: list[Response], tokenizer: Any, tolerance: float) -> Row:
+    """Report the responses that a model wrote, and return their part of metrics.json."""
+    sampled = torch.cat([torch.tensor(r.sampler_logp) for r in responses])
+    error = (values_of(responses, who) - sampled).abs().mean().item()
+    require(
+        error <= tolerance,
+        f"the log-probs of the {who} model differ by {error:.2g} a token between sampling and "
+        "scoring: it scales or caps its logits, which the token study does not support.",
+    )
+    share_below = {}
+    for name in MEASURES:
+        size = values_of(responses, name).abs()
+        share_below[name] = {str(x): (size < x).float().mean().item() for x in (0.01, 0.1, 1)}
+    accuracy = fmean(r.correct for r in responses)
+    length = fmean(len(r.response_ids) for r in responses)
+    shares = [f"{share:.1%} below {x}" for x, share in share_below["delta_logp"].items()]
+    say(
+        f"written by the {who} model: accuracy {accuracy:.1%}, mean length {length:.1f}, "
+        f"|Δlog p| of tokens: {', '.join(shares)}"
+    )
+    return {
+        "accuracy": accuracy,
+        "response_length": length,
+        "share_below": share_below,
+        "smallest_delta_logp": extremes(responses, tokenizer, -1),
+        "largest_delta_logp": extremes(responses, tokenizer, 1),
+    }
 
 
-def draw_histograms(written: dict[str, list[Response]], path: Path) -> None:
+def draw_histograms(written: Written, path: Path) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     *panels, empty = figure.subplots(2, 3).flat
+    labels = [f"written by the {who} model" for who in written]
     for axes, (name, title) in zip(panels, MEASURES.items()):
         values = [values_of(responses, name).numpy() for responses in written.values()]
-        axes.hist(values, bins=60, histtype="step", log=True, label=[f"written by the {who} model" for who in written])
+        axes.hist(values, bins=60, histtype="step", log=True, label=labels)
         axes.set(title=title, xlabel="nats", ylabel="tokens")
     empty.axis("off")
     empty.legend(*axes.get_legend_handles_labels(), loc="center")
     figure.savefig(path, dpi=130)
 
 
-# ---------------------------------------------------------------------------------------------- Token replacement
-CRITERIA = {"delta_logp": "Δlog p", "kl": "KL", "entropy": "entropy of the writer", "random": "random",
-            "extrapolated": "Δlog p, extrapolated"}  # fmt: skip
-FRACTIONS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.3)  # of the writer's own tokens on which to fire
+# ------------------------------------------------------------------------------ Token replacement
+CRITERIA = {
+    "delta_logp": "Δlog p",
+    "kl": "KL",
+    "entropy": "entropy of the writer",
+    "random": "random",
+    "extrapolated": "Δlog p, extrapolated",
+}
+FRACTIONS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.3)  # of the writer's own tokens
 
 
-def score(writer: str, criterion: str, found: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a criterion looks at, of what is found at a token; with Δlog p: does the other model like it less?"""
-    looks_at = {"kl": "kl", "entropy": f"entropy_{writer}", "random": "random"}.get(criterion)
-    return found[looks_at] if looks_at else -found["delta_logp"] if writer == "base" else found["delta_logp"]
+def score(writer: str, criterion: str, measures: dict[str, Tensor]) -> Tensor:
+    """Return the score of each token. A criterion fires where it reaches the threshold."""
+    if criterion in ("kl", "random"):
+        return measures[criterion]
+    if criterion == "entropy":
+        return measures[f"entropy_{writer}"]
+    # Δlog p, with the sign that makes it high where the other model likes the token less.
+    return -measures["delta_logp"] if writer == "base" else measures["delta_logp"]
 
 
-def rules(written: dict[str, list[Response]]) -> Iterator[tuple[str, str, float]]:
-    """Writer, criterion, threshold: from that score on, the other model draws. It fires on FRACTIONS of own tokens."""
+def rules(written: Written) -> Iterator[tuple[str, str, float]]:
+    """Yield the writer, the criterion and the threshold of each point of the curves.
+
+    The thresholds are such that a criterion fires on FRACTIONS of what the writer writes by itself.
+    """
+    shares = [1 - fraction for fraction in FRACTIONS]
     for writer, criterion in itertools.product(written, CRITERIA):
-        if (writer, criterion) == ("trained", "extrapolated"):  # it goes beyond the trained model, not the base
+        # Extrapolation goes beyond the trained model, so only the base model can be the writer.
+        if writer == "trained" and criterion == "extrapolated":
             continue
-        thresholds = [1 - fraction for fraction in FRACTIONS]
+        thresholds = shares  # the random criterion compares them with uniform random numbers
         if criterion != "random":
-            found = {name: values_of(written[writer], name) for name in MEASURES}
-            scores = score(writer, criterion, found).sort().values
-            thresholds = [scores[int(share * len(scores))].item() for share in thresholds]
-        yield from ((writer, criterion, x) for x in thresholds if x > 0)  # at 0 it would fire where RL changed nothing
+            measures = {name: values_of(written[writer], name) for name in MEASURES}
+            scores = score(writer, criterion, measures).sort().values
+            thresholds = [scores[int(share * len(scores))].item() for share in shares]
+        for threshold in thresholds:
+            # A threshold of 0 would replace tokens that RL did not change.
+            if threshold > 0:
+                yield writer, criterion, threshold
 
 
+def uniform(seeds: list[int], n: int, max_tokens: int, device: torch.device) -> Tensor:
+    """Return random numbers in [0, 1) for `n` responses per seed, [R, max_tokens]."""
+    numbers = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        numbers.append(torch.rand(n, max_tokens, generator=generator))
+    return torch.cat(numbers).to(device)
+
+
+@dataclass
 class ReplacingSampler:
-    """Samples with both models. Each draws by its own random numbers: where nothing fires, as the writer does alone."""
+    """Samples from `writer` and, where the criterion fires, draws the token from the other model.
 
-    ranks = 1  # as fipo.sample asks of a sampler
+    It has the interface that `fipo.sample` expects of a sampler. Each model draws with its own
+    random numbers. Up to the first replacement, a response is what the writer writes by itself.
+    """
 
-    def __init__(self, pair: dict[str, Any], writer: str, criterion: str, threshold: float, gamma: float) -> None:
-        self.pair, self.policy, self.writer, self.criterion = pair, pair["trained"], writer, criterion
-        self.threshold, self.gamma = threshold, gamma if criterion == "extrapolated" else 0.0
+    pair: dict[str, fipo.Policy]  # "base" and "trained"
+    writer: str
+    criterion: str
+    threshold: float
+    gamma: float  # of the extrapolation
+    ranks: ClassVar[int] = 1
+
+    @property
+    def policy(self) -> fipo.Policy:
+        return self.pair["trained"]
 
     @torch.no_grad()
-    def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int, temperature: float,
-                 top_p: float) -> list[list[Response]]:  # fmt: skip
-        """As HFSampler.generate, but for the lines on what is drawn from whom."""
-        models, device = [self.pair[who].model.eval() for who in ("base", "trained")], self.policy.device
+    def generate(
+        self,
+        problems: list[Problem],
+        seeds: list[int],
+        n: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[list[Response]]:
+        """Sample `n` responses to each problem, as HFSampler.generate does with one model."""
+        device = self.policy.device
         eos = torch.tensor(self.policy.eos, device=device)
-        draws = [[seed, derive_seed(seed, "other"), derive_seed(seed, "random")] for seed in seeds]
-        u = [[torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(s)) for s in three] for three in draws]
-        u = torch.cat([torch.stack(three) for three in u], 1).to(device)  # [3, R, max_tokens]
-        responses = [Response(problem) for problem in problems for _ in range(n)]
-        prompts = [torch.tensor(r.problem.prompt_ids, device=device) for r in responses]
-        left = dict(batch_first=True, padding_side="left")  # so that all rows grow at the same place
-        ids, mask = pad_sequence(prompts, **left), pad_sequence([torch.ones_like(p) for p in prompts], **left)  # [R, L]
+        models = [self.pair[who].model.eval() for who in ("base", "trained")]
+        gamma = self.gamma if self.criterion == "extrapolated" else 0.0
+
+        # 1) Random numbers for the writer, the other model and the random criterion.
+        other_seeds = [derive_seed(seed, "other") for seed in seeds]
+        random_seeds = [derive_seed(seed, "random") for seed in seeds]
+        own_u = uniform(seeds, n, max_tokens, device)  # [R, max_tokens]
+        other_u = uniform(other_seeds, n, max_tokens, device)
+        random_u = uniform(random_seeds, n, max_tokens, device)
+
+        # 2) One row per response, padded on the left so that all rows grow at the same column.
+        groups = []
+        prompts = []
+        for problem in problems:
+            groups.append([Response(problem) for _ in range(n)])
+            prompts += [torch.tensor(problem.prompt_ids, device=device)] * n
+        responses = list(itertools.chain(*groups))
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        ids = pad_sequence(prompts, batch_first=True, padding_side="left")  # [R, L]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left")
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         caches = [DynamicCache(config=model.config) for model in models]
-        row = torch.arange(len(responses), device=device)  # which response each row of the batch belongs to
-        with self.policy.autocast():
-            for step in range(max_tokens):
-                how = dict(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, logits_to_keep=1)
-                outs = [model(**how, past_key_values=cache) for model, cache in zip(models, caches)]
-                both = [(out.logits[:, -1].float() / temperature).log_softmax(-1) for out in outs]  # [rows, V] each
-                own, other = both if self.writer == "base" else both[::-1]
-                u_own, u_other, u_rule = u[:, row, step]
-                token, logp = sample_token(own, top_p, u_own)
-                fires = score(self.writer, self.criterion, compare(*both, token) | {"random": u_rule}) >= self.threshold
-                new, new_logp = sample_token(other + self.gamma * (other - own), top_p, u_other)
-                token, logp = torch.where(fires, new, token), torch.where(fires, new_logp, logp)
-                for r, t, lp, fired in zip(row.tolist(), token.tolist(), logp.tolist(), fires.tolist()):
-                    responses[r].response_ids.append(t)
-                    responses[r].sampler_logp.append(lp)
-                    responses[r].replaced += fired
-                alive = ~torch.isin(token, eos)
-                if not alive.any():
-                    break
-                if not alive.all():  # finished rows leave the batch instead of being decoded as padding
-                    row, token, mask = row[alive], token[alive], mask[alive]
-                    for cache in caches:
-                        cache.batch_select_indices(alive.nonzero()[:, 0])
-                mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
-                ids, positions = token[:, None], mask.sum(1, keepdim=True) - 1
-        return [responses[i * n : (i + 1) * n] for i in range(len(problems))]
+        row = torch.arange(len(responses), device=device)  # the response of each row
+
+        for step in range(max_tokens):
+            # 3) The log-probs of the next token under both models.
+            inputs = dict(input_ids=ids, position_ids=positions, attention_mask=mask)
+            logps = []
+            for model, cache in zip(models, caches):
+                with self.policy.autocast():
+                    output = model(
+                        **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    )
+                logits = output.logits[:, -1].float()
+                logps.append((logits / temperature).log_softmax(-1))  # [rows, V]
+            own, other = logps if self.writer == "base" else reversed(logps)
+
+            # 4) The writer's token, or the other model's where the criterion fires.
+            token, logp = sample_token(own, top_p, own_u[row, step])
+            measures = compare(*logps, token) | {"random": random_u[row, step]}
+            fires = score(self.writer, self.criterion, measures) >= self.threshold
+            extrapolated = other + gamma * (other - own)
+            new_token, new_logp = sample_token(extrapolated, top_p, other_u[row, step])
+            token = torch.where(fires, new_token, token)
+            logp = torch.where(fires, new_logp, logp)
+            columns = (row.tolist(), token.tolist(), logp.tolist(), fires.tolist())
+            for i, token_id, token_logp, is_replaced in zip(*columns):
+                responses[i].response_ids.append(token_id)
+                responses[i].sampler_logp.append(token_logp)
+                responses[i].replaced += is_replaced
+
+            # 5) Finished rows leave the batch.
+            alive = ~torch.isin(token, eos)
+            if not alive.any():
+                break
+            if not alive.all():
+                row = row[alive]
+                token = token[alive]
+                mask = mask[alive]
+                for cache in caches:
+                    cache.batch_select_indices(alive)
+            ids = token[:, None]
+            mask = torch.cat([mask, mask.new_ones(ids.shape)], 1)
+            positions = mask.sum(1, keepdim=True) - 1
+        return groups
 
 
 def write(sampler: Any, who: str, problems: list[Problem], cfg: TokensConfig) -> list[Response]:
-    """`seeds` responses to each problem, in the order of seeds; what `who` draws is the same whoever helps."""
-    groups = fipo.sample(sampler, problems, (cfg.seed, "tokens", who), cfg, cfg.seeds, 1.0, 1.0)
-    return [Response(**vars(r)) for seed in zip(*groups) for r in seed]
+    """Return `cfg.seeds` responses to each problem: all of the first seed, then of the next one.
+
+    The random numbers depend on `who` writes, but not on the sampler.
+    """
+    purpose = (cfg.seed, "tokens", who)
+    groups = fipo.sample(sampler, problems, purpose, cfg, cfg.seeds, 1.0, 1.0)
+    by_seed = itertools.chain(*zip(*groups))
+    return [Response(**vars(r)) for r in by_seed]
 
 
-def replace_tokens(problems: list[Problem], written: dict[str, list[Response]], cfg: TokensConfig) -> list[dict]:
-    """A row for each rule: fraction replaced and accuracy, a value per seed. Both models are in memory."""
-    pair, rows = {"base": fipo.Policy(cfg.base, cfg), "trained": fipo.Policy(cfg.trained, cfg)}, []
+def replace_tokens(problems: list[Problem], written: Written, cfg: TokensConfig) -> list[Row]:
+    """Return, for each rule, the fraction replaced and the accuracy, with one value per seed."""
+    pair = {"base": fipo.Policy(cfg.base, cfg), "trained": fipo.Policy(cfg.trained, cfg)}
+    rows = []
     for writer, criterion, threshold in progress(list(rules(written)), desc="replace"):
         sampler = ReplacingSampler(pair, writer, criterion, threshold, cfg.extrapolate)
-        counts = [(r.replaced, len(r.response_ids), r.correct) for r in write(sampler, writer, problems, cfg)]
-        replaced, length, correct = torch.tensor(counts).double().view(cfg.seeds, -1, 3).sum(1).T  # [seeds] each
+        responses = write(sampler, writer, problems, cfg)
+        fractions = []
+        accuracies = []
+        for start in range(0, len(responses), len(problems)):
+            seed = responses[start : start + len(problems)]
+            tokens = sum(len(r.response_ids) for r in seed)
+            fractions.append(sum(r.replaced for r in seed) / tokens)
+            accuracies.append(fmean(r.correct for r in seed))
         row = {"writer": writer, "criterion": criterion, "threshold": threshold}
-        rows.append(row | {"fraction": (replaced / length).tolist(), "accuracy": (correct / len(problems)).tolist()})
+        rows.append(row | {"fraction": fractions, "accuracy": accuracies})
     return rows
 
 
-def curve(rows: list[dict[str, Any]], writer: str, criterion: str, start: float) -> list[tuple[float, float, float]]:
-    """Fraction replaced, accuracy and its standard deviation over seeds, from no replacement on."""
-    mine = [(r["fraction"], r["accuracy"]) for r in rows if (r["writer"], r["criterion"]) == (writer, criterion)]
-    return [(0.0, start, 0.0)] + [(mean(x), mean(y), stdev(y) if len(y) > 1 else 0.0) for x, y in mine]
+Point = tuple[float, float, float]  # fraction replaced, accuracy, its deviation over seeds
 
 
-def fraction_needed(points: list[tuple], end: float, share: float = 0.95) -> tuple[float, float] | None:
-    """Between which fractions replaced a curve first has `share` of the way from its start to `end`; None: never."""
-    way = end - points[0][1]
-    for (x0, *_), (x1, y, _) in itertools.pairwise(points):
-        if way and (y - points[0][1]) / way >= share - 1e-9:
-            return min(x0, x1), x1
+def curve(rows: list[Row], writer: str, criterion: str, start: float) -> list[Point]:
+    """Return the points of a curve. The first is the writer alone, whose accuracy is `start`."""
+    points = [(0.0, start, 0.0)]
+    for row in rows:
+        if (row["writer"], row["criterion"]) == (writer, criterion):
+            accuracy = row["accuracy"]
+            deviation = stdev(accuracy) if len(accuracy) > 1 else 0.0
+            points.append((fmean(row["fraction"]), fmean(accuracy), deviation))
+    return points
+
+
+def fraction_needed(
+    points: list[Point], end: float, share: float = 0.95
+) -> tuple[float, float] | None:
+    """Return the two fractions between which a curve first covers `share` of its way to `end`.
+
+    The result is None if it never does, or if the curve starts at `end`.
+    """
+    start = points[0][1]
+    if start == end:
+        return None
+    for (before, *_), (after, accuracy, _) in itertools.pairwise(points):
+        if (accuracy - start) / (end - start) >= share - 1e-9:
+            return min(before, after), after
     return None
 
 
-def draw_replacement(rows: list[dict[str, Any]], accuracy: dict[str, float], path: Path) -> None:
+def draw_replacement(rows: list[Row], accuracy: dict[str, float], path: Path) -> None:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, writer, other in zip(panels, accuracy, reversed(accuracy)):
         for i, (criterion, name) in enumerate(CRITERIA.items()):
             x, y, spread = zip(*curve(rows, writer, criterion, accuracy[writer]))
             if len(x) > 1:
-                line = "--" if criterion == "extrapolated" else "-"  # it mostly lies upon Δlog p
-                axes.errorbar(x, y, spread, label=name, color=f"C{i}", marker="os^Dx"[i], ms=4, capsize=2, ls=line)
+                # Dashed, because it mostly coincides with the curve of Δlog p.
+                line = "--" if criterion == "extrapolated" else "-"
+                marker = "os^Dx"[i] + line
+                axes.errorbar(x, y, spread, label=name, color=f"C{i}", fmt=marker, ms=4, capsize=2)
         for who, level in accuracy.items():
             axes.axhline(level, color="0.5", ls="--", lw=1)
-            axes.annotate(f"{who} alone", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            place = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            axes.annotate(f"{who} alone", (1, level), **place)
         title = f"the {writer} model writes, tokens come from the {other} model"
         axes.set(title=title, xlabel="fraction replaced", ylabel="accuracy")
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CRITERIA))
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(CRITERIA))
     figure.savefig(path, dpi=130)
 
 
-# --------------------------------------------------------------------------------------------------- The token map
-VIEWS = {"delta_logp": ("Δlog p", 0.0), "F": ("F", 0.0), "f": ("f", 1.0)}  # name, neutral value
-MOST = 2000  # tokens shown of a response: a browser tires of more
+# ---------------------------------------------------------------------------------- The token map
+VIEWS = {"delta_logp": "Δlog p", "F": "F", "f": "f"}
+NEUTRAL = {"delta_logp": 0.0, "F": 0.0, "f": 1.0}
+MAX_TOKENS = 2000  # of a response in the token map; more would slow the browser down
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Token map</title><style>
-body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }} h3 {{ margin-bottom: 0 }}
-header {{ position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ccc }} input {{ margin-left: 2em }}
-p {{ font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }}
-.prompt {{ color: #777; font-size: 80%; line-height: 1.4; max-height: 20em; overflow: auto; margin: .3em 0 }}
-i {{ font-style: normal; border-bottom: 3px none #000; box-shadow: -1px 0 #eee; padding: .1em 0 }}
-.legend {{ display: none }} .legend b {{ font-weight: normal; padding: .2em 1em }}
-* {{ print-color-adjust: exact; -webkit-print-color-adjust: exact }}
-{rules}</style><h2>Which tokens did RL change?</h2><div>Δlog p = log π_RL − log π_base. {note} Underlined: above the
-neutral value; dotted: below. Each view has its own scale. Point at a token for its values.</div>
-<header>Colour by {switches}{legends}</header>{body}</html>"""
+body { font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+h3 { margin-bottom: 0 }
+header { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ccc }
+input { margin-left: 2em }
+p { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+.prompt { color: #777; font-size: 80%; line-height: 1.4; max-height: 20em; overflow: auto;
+  margin: .3em 0 }
+i { font-style: normal; border-bottom: 3px none #000; box-shadow: -1px 0 #eee; padding: .1em 0 }
+.legend { display: none } .legend b { font-weight: normal; padding: .2em 1em }
+* { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+{% for view in views -%}
+body:has(#{{ view }}:checked) i {
+  background: var(--{{ view }}); border-bottom-style: var(--{{ view }}-line) }
+#{{ view }}:checked ~ .{{ view }} { display: block }
+{% endfor -%}
+</style><h2>Which tokens did RL change?</h2><div>Δlog p = log π_RL − log π_base. {{ note }}
+A token is underlined if its value is above the neutral value, with dots if it is below. Each view
+has its own scale. Point at a token to see its values.</div>
+<header>Colour by
+{%- for view, name in views.items() %}
+<input type="radio" name="view" id="{{ view }}"{% if loop.first %} checked{% endif %}>
+<label for="{{ view }}">{{ name }}</label>
+{%- endfor %}
+{%- for view, scale in scales.items() %}
+<div class="legend {{ view }}">{{ views[view] }}: {% for value, place in scale.ends.items() -%}
+<b style="background:{{ shade(place) }}">{{ value }}</b>{% endfor %}</div>
+{%- endfor %}</header>
+{%- for row in rows %}
+<h3>{{ row.caption }}</h3><p class="prompt">{{ row.prompt.strip() }}</p><p>
+{%- for token in row.tokens -%}
+{%- set i = loop.index0 -%}
+<i style="
+{%- for view, scale in scales.items() if view in row -%}
+{%- set place = scale.place(row[view][i]) -%}
+--{{ view }}:{{ shade(place) }};--{{ view }}-line:{{ underline(place) }};
+{%- endfor %}" title="{{ repr(token) }}:
+{%- for view, name in views.items() if view in row %} {{ name }} {{ "%.6g" | format(row[view][i]) }}
+{%- if not loop.last %},{% endif %}{% endfor %}">{{ visible(token) }}</i>
+{%- endfor %}</p>
+{%- endfor %}</html>"""
 
 
 def token_texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """The text of each token where it stands; a character of several tokens shows at the last of them."""
+    """Yield the text that each token adds to the tokens before it.
+
+    A character that consists of several tokens appears at the last one, and as ▯ at the others.
+    """
     for i in range(len(ids)):
-        before, upto = (tokenizer.decode(ids[max(i - 8, 0) : end]).rstrip("\ufffd") for end in (i, i + 1))
-        yield upto[len(before) :] or "▯"
+        first = max(i - 8, 0)
+        before = tokenizer.decode(ids[first:i]).rstrip("\ufffd")
+        text = tokenizer.decode(ids[first : i + 1]).rstrip("\ufffd")
+        yield text[len(before) :] or "▯"
 
 
 def visible(token: str) -> str:
-    """White space that would not be seen: line breaks, tabs, and spaces where a token is nothing else."""
-    token = token if token.strip(" ") else "·" * len(token)
+    """Replace line breaks, tabs, and the spaces of a blank token by visible characters."""
+    if not token.strip(" "):
+        token = "·" * len(token)
     return token.replace("\t", "⇥").replace("\n", "⏎\n")
 
 
-def shade(x: float) -> str:
-    """A colour for x from −1 to 1 that every kind of colour-blindness tells apart: blue, white at 0, orange."""
-    full = (230, 97, 1) if x > 0 else (44, 123, 182)
-    return "#" + "".join(f"{round(255 + (c - 255) * abs(x) ** 0.5):02x}" for c in full)  # √: small values show too
+def shade(place: float) -> str:
+    """Return the colour of a place between −1 (blue) and 1 (orange), with white at 0.
+
+    Blue and orange can be told apart with every kind of colour-blindness.
+    """
+    full = (230, 97, 1) if place > 0 else (44, 123, 182)
+    strength = abs(place) ** 0.5  # the root makes small values visible
+    return "#" + "".join(f"{round(255 + (c - 255) * strength):02x}" for c in full)
 
 
-def shades(rows: list[dict[str, Any]], view: str) -> tuple[list[list[float]], dict[str, float]]:
-    """Each token's place between −1 and 1 in a view, 0 being neutral; and the places of the view's ends, by value."""
-    neutral = VIEWS[view][1]
-    values = [value for row in rows for value in row.get(view, [])] + [neutral]
-    largest = max(0.01, *(abs(value - neutral) for value in values))  # what is less is next to nothing: no colour
-    places = [[(value - neutral) / largest for value in row.get(view, [])] for row in rows]
-    return places, {f"{end:.3g}": (end - neutral) / largest for end in sorted({min(values), neutral, max(values)})}
+def underline(place: float) -> str:
+    """Return the style of the line under a token. It shows the sign in black and white."""
+    if abs(place) < 0.01:
+        return "none"
+    return "solid" if place > 0 else "dotted"
 
 
-def token_map(rows: list[dict[str, Any]], note: str) -> str:
-    """Responses (caption, prompt, tokens, VIEWS) as one HTML page that needs no script: CSS switches the view."""
-    css, switches, legends, body, styles = "", "", "", "", [[""] * len(row["tokens"]) for row in rows]
-    for view, (name, _) in VIEWS.items():
-        places, ends = shades(rows, view)
-        for style, place in zip(styles, places):
-            for i, x in enumerate(place):
-                line = "none" if abs(x) < 0.01 else "solid" if x > 0 else "dotted"  # for prints in grey
-                style[i] += f"--{view}:{shade(x)};--{view}-line:{line};"
-        css += f"body:has(#{view}:checked) i {{ background: var(--{view}); border-bottom-style: var(--{view}-line) }} "
-        css += f"#{view}:checked ~ .{view} {{ display: block }}\n"
-        switches += f'<input type="radio" name="view" id="{view}"{"" if switches else " checked"}>'
-        switches += f'<label for="{view}">{name}</label>'
-        boxes = "".join(f'<b style="background:{shade(x)}">{value}</b>' for value, x in ends.items())
-        legends += f'<div class="legend {view}">{name}: {boxes}</div>'
-    for row, style in zip(rows, styles):
-        body += f'<h3>{html.escape(row["caption"])}</h3><p class="prompt">{html.escape(row["prompt"].strip())}</p><p>'
-        for i, token in enumerate(row["tokens"]):
-            values = ", ".join(f"{VIEWS[view][0]} {row[view][i]:.6g}" for view in VIEWS if view in row)
-            title = f"{html.escape(repr(token))}: {values}"
-            body += f'<i style="{style[i]}" title="{title}">{html.escape(visible(token))}</i>'
-        body += "</p>\n"
-    return PAGE.format(rules=css, note=html.escape(note), switches=switches, legends=legends, body=body)
+class Scale:
+    """Maps the values of a view to places between −1 and 1, with the neutral value at 0.
+
+    `ends` holds the places of the smallest, the neutral and the largest value.
+    """
+
+    def __init__(self, rows: list[Row], view: str) -> None:
+        self.neutral = NEUTRAL[view]
+        values = [self.neutral]
+        for row in rows:
+            values += row.get(view, [])
+        # Values within 0.01 of the neutral one are negligible, so they must stay near white.
+        self.largest = max(0.01, max(values) - self.neutral, self.neutral - min(values))
+        ends = sorted([min(values), self.neutral, max(values)])
+        self.ends = {f"{value:.3g}": self.place(value) for value in ends}
+
+    def place(self, value: float) -> float:
+        return (value - self.neutral) / self.largest
 
 
-def draw_token_map(row: dict[str, Any], path: Path, columns: int = 90, most: int = 10) -> None:
-    """One response of the token map as a picture, coloured by each view; at most `most` lines of it."""
-    shown, x, y = [], 0, 0  # text, column, line
-    for token in row["tokens"]:
+def token_map(rows: list[Row], note: str) -> str:
+    """Return an HTML page of responses, each with a caption, a prompt, tokens and VIEWS.
+
+    The page needs no script: CSS switches between the views.
+    """
+    template = jinja2.Template(PAGE, autoescape=True)
+    scales = {view: Scale(rows, view) for view in VIEWS}
+    functions = dict(repr=repr, shade=shade, underline=underline, visible=visible)
+    return template.render(rows=rows, note=note, views=VIEWS, scales=scales, **functions)
+
+
+def lay_out(tokens: list[str], columns: int, max_lines: int) -> list[tuple[str, int, int]]:
+    """Return the text, the column and the line of each token that fits into `max_lines` lines."""
+    placed = []
+    column = 0
+    line = 0
+    for token in tokens:
         text = visible(token).replace("\n", "")
-        if x + len(text) > columns:
-            x, y = 0, y + 1
-        if y >= most:
+        if column + len(text) > columns:
+            column = 0
+            line += 1
+        if line == max_lines:
             break
-        shown.append((text, x, y))
-        x, y = (0, y + 1) if "\n" in token else (x + len(text), y)
-    lines, width = 1 + shown[-1][2], max(x + len(text) for text, x, _ in shown)
-    figure = Figure(figsize=(max(0.11 * width, 6), (0.28 * lines + 0.4) * len(VIEWS)), layout="constrained")
-    prompt, left = row["prompt"].strip(), len(row["tokens"]) - len(shown)
-    title = [prompt] if len(prompt) <= 60 and "\n" not in prompt else []  # a longer one is left to the page
-    title += [row["caption"]] + ([f"({left} more tokens)"] if left else [])
+        placed.append((text, column, line))
+        column += len(text)
+        if "\n" in token:
+            column = columns  # the next token begins a new line
+    return placed
+
+
+def draw_token_map(row: Row, path: Path, columns: int = 90, max_lines: int = 10) -> None:
+    """Draw the first lines of one response of the token map, once for each view."""
+    placed = lay_out(row["tokens"], columns, max_lines)
+    lines = 1 + max(line for _, _, line in placed)
+    width = max(column + len(text) for text, column, _ in placed)
+    size = (max(0.11 * width, 6), (0.28 * lines + 0.4) * len(VIEWS))
+    figure = Figure(figsize=size, layout="constrained")
+    title = [row["caption"]]
+    prompt = row["prompt"].strip()
+    if len(prompt) <= 60 and "\n" not in prompt:
+        title.insert(0, prompt)
+    if len(placed) < len(row["tokens"]):
+        title.append(f"({len(row['tokens']) - len(placed)} more tokens)")
     figure.suptitle("   ".join(title), fontsize="medium", parse_math=False)
     for axes, view in zip(figure.subplots(len(VIEWS)), VIEWS):
-        (places,), ends = shades([row], view)
-        for (text, x, y), place in zip(shown, places):
-            axes.barh(y, len(text), 0.9, x, align="edge", fc=shade(place), ec="0.85", lw=0.5)
-            axes.text(x + len(text) / 2, y + 0.5, text, family="monospace", ha="center", va="center", parse_math=False)
-        hue = {end: "white" if abs(x) < 0.01 else "orange" if x > 0 else "blue" for end, x in ends.items()}
-        colours = [f"{colour} {end}" for end, colour in hue.items()]
-        axes.set_title(f"{VIEWS[view][0]}: {', '.join(colours)}", loc="left", fontsize="small")
+        scale = Scale([row], view)
+        for (text, column, line), value in zip(placed, row[view]):
+            colour = shade(scale.place(value))
+            axes.barh(line, len(text), 0.9, column, align="edge", fc=colour, ec="0.85", lw=0.5)
+            centre = (column + len(text) / 2, line + 0.5)
+            font = dict(family="monospace", ha="center", va="center", parse_math=False)
+            axes.text(*centre, text, **font)
+        colours = []
+        for end, place in scale.ends.items():
+            colour = "orange" if place > 0 else "blue"
+            colours.append(f"{colour if abs(place) >= 0.01 else 'white'} {end}")
+        axes.set_title(f"{VIEWS[view]}: {', '.join(colours)}", loc="left", fontsize="small")
         axes.set(xlim=(-0.1, width + 0.1), ylim=(lines, -0.1))
         axes.axis("off")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # not every character is in the font: a box will do
+        # A character that the font lacks is drawn as a box, without a warning.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(path, dpi=130)
 
 
-def add_weights(r: Response, delta_logp: torch.Tensor, advantage: float, **how: Any) -> None:
-    """F and f of a response, as the loss has them."""
+def add_weights(r: Response, delta_logp: Tensor, advantage: float, **settings: Any) -> None:
+    """Add F and f of a response to its measures, as the loss computes them."""
     delta = delta_logp.clamp(-20.0, 20.0)[None]  # [1, T]
-    F, f = fipo.influence_weight(delta, torch.tensor([[advantage]]), torch.ones_like(delta).bool(), **how)
+    mask = torch.ones_like(delta).bool()
+    F, f = fipo.influence_weight(delta, torch.tensor([[advantage]]), mask, **settings)
     r.measures |= {"F": F[0], "f": f[0]}
 
 
-def last_update_of(trained: str) -> Iterator[Response]:
-    """What a run has logged of the last update before its checkpoint `trained`, with F and f; none of other folders."""
+def last_update_of(trained: str) -> list[Response]:
+    """Return the responses that a run logged for the last update before a checkpoint, with F and f.
+
+    There are none if `trained` is not a checkpoint of a run with logs.
+    """
     checkpoint = Path(trained).resolve()
     run = checkpoint.parent.parent
     if not ((checkpoint / "state.json").exists() and (run / "samples.jsonl").exists()):
-        return
-    with explain(f"reading config.json and samples.jsonl in {run}"):
-        state, settings = (json.loads(path.read_text()) for path in (checkpoint / "state.json", run / "config.json"))
-        how = {name: settings[name] for name in ("tau", "safety")}
-        how["dual_clip"] = float(settings["dual_clip"])  # "Infinity" is text in JSON
-        how["weight_range"] = [float(bound) for bound in settings["weight_range"]]
-        for row in map(json.loads, (run / "samples.jsonl").read_text().splitlines()):
-            if row["kind"] == "train" and row["step"] == state["step"] and "logp" in row:
-                problem, ids = Problem("", "", row["prompt_ids"]), array("i", row["response_ids"])
-                r = Response(problem, ids, correct=row["correct"])
-                add_weights(r, torch.tensor(row["logp"]) - torch.tensor(row["old_logp"]), row["advantage"], **how)
-                yield r
+        return []
+    responses = []
+    with user_error(f"reading config.json and samples.jsonl in {run}"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        config = json.loads((run / "config.json").read_text())
+        settings = {
+            "tau": config["tau"],
+            "safety": config["safety"],
+            # JSON has no infinity, so it is stored as text.
+            "weight_range": [float(bound) for bound in config["weight_range"]],
+            "dual_clip": float(config["dual_clip"]),
+        }
+        for line in (run / "samples.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            # Log-probs are logged only for responses that rank 0 trained on.
+            if row["kind"] != "train" or row["step"] != state["step"] or "logp" not in row:
+                continue
+            problem = Problem("", "", row["prompt_ids"])
+            r = Response(problem, array("i", row["response_ids"]), correct=row["correct"])
+            delta_logp = torch.tensor(row["logp"]) - torch.tensor(row["old_logp"])
+            add_weights(r, delta_logp, row["advantage"], **settings)
+            responses.append(r)
+    return responses
 
 
-def choose_for_map(written: dict[str, list[Response]], updated: list[Response], tokenizer: Any) -> tuple[list, str]:
-    """Rows for the map: three responses of each model, or of the base and the last update's; whence their F and f."""
+def choose_for_map(
+    written: Written, updated: list[Response], tokenizer: Any
+) -> tuple[list[Row], str]:
+    """Return the rows of the token map, and a note that says where F and f come from.
+
+    The rows are three responses of the base model, and those of the last update if the run logged
+    any, or else three of the trained model.
+    """
     chosen = [("written by the base model", r) for r in written["base"][:3]]
-    note = "F and f are those of the last update in training, of the responses it trained on."
-    distinct = {(*r.problem.prompt_ids, *r.response_ids): r for r in updated}  # late in a run many are alike
-    chosen += [("trained on in the last update", r) for r in distinct.values()]
-    if not updated:
-        note = "No update is kept with the trained weights: F and f are as if all of training had been one."
+    if updated:
+        note = "F and f are those of the last update in training, of the responses it trained on."
+        # Late in a run, many responses are identical.
+        distinct = {(*r.problem.prompt_ids, *r.response_ids): r for r in updated}
+        chosen += [("trained on in the last update", r) for r in distinct.values()]
+    else:
+        note = "The run logged no update: F and f are computed as if all of training had been one."
         chosen += [("written by the trained model", r) for r in written["trained"][:3]]
-        for _, r in chosen:  # π_old is the base, π_θ the trained model
+        for _, r in chosen:
             add_weights(r, r.measures["delta_logp"], 1.0 if r.correct else -1.0)
     rows = []
     for title, r in chosen:
-        more = f" (the first {MOST} of {len(r.response_ids)} tokens)" if len(r.response_ids) > MOST else ""
-        rows.append({"caption": f"{title}: {'right' if r.correct else 'wrong'}{more}",
-                     "prompt": tokenizer.decode(r.problem.prompt_ids),
-                     "tokens": list(token_texts(list(r.response_ids[:MOST]), tokenizer))}
-                    | {view: r.measures[view][:MOST].tolist() for view in VIEWS if view in r.measures})  # fmt: skip
+        caption = f"{title}: {'right' if r.correct else 'wrong'}"
+        if len(r.response_ids) > MAX_TOKENS:
+            caption += f" (the first {MAX_TOKENS} of {len(r.response_ids)} tokens)"
+        row = {
+            "caption": caption,
+            "prompt": tokenizer.decode(r.problem.prompt_ids),
+            "tokens": list(token_texts(list(r.response_ids[:MAX_TOKENS]), tokenizer)),
+        }
+        for view in VIEWS:
+            if view in r.measures:
+                row[view] = r.measures[view][:MAX_TOKENS].tolist()
+        rows.append(row)
     return rows, note
 
 
-# ---------------------------------------------------------------------------------------------------- The command
+# ------------------------------------------------------------------------------------ The command
 def run_tokens(cfg: TokensConfig) -> None:
-    check(cfg)
+    check_settings(cfg)
     out = Path(cfg.out)
-    with explain(f"making the folder {out}"):
+    with user_error(f"making the folder {out}"):
         out.mkdir(parents=True, exist_ok=True)
+
+    # 1) Both models write responses, one model in memory at a time. Both use the prompts and the
+    #    EOS tokens of the trained model.
     policy = fipo.Policy(cfg.trained, cfg)
-    eos, tokenizer, tolerance = policy.eos, policy.tokenizer, policy.tolerance
+    tokenizer = policy.tokenizer
+    tolerance = policy.tolerance
+    eos = policy.eos
     problems = fipo.encode_problems(cfg.data, policy, cfg)
     trained = write(fipo.HFSampler(policy), "trained", problems, cfg)
-    del policy  # one model after the other is in memory
-    policy = fipo.Policy(cfg.base, cfg)
-    policy.eos = eos  # prompts and EOS are the trained model's for both
-    written = {"base": write(fipo.HFSampler(policy), "base", problems, cfg), "trained": trained}
     del policy
-    updated = list(last_update_of(cfg.trained))
-    measure([*written["base"], *trained, *updated], cfg)
-    found = {"settings": asdict(cfg)} | {who: summarize(who, rs, tokenizer, tolerance) for who, rs in written.items()}
-    found["token_map"], note = choose_for_map(written, updated, tokenizer)
-    (out / "metrics.json").write_text(json.dumps(found, indent=1))
-    (out / "token_map.html").write_text(token_map(found["token_map"], note), encoding="utf-8")
-    most = max((row for row in found["token_map"] if "F" in row), key=lambda row: max(map(abs, row["F"])))
-    draw_token_map(most, out / "token_map.png")
+    policy = fipo.Policy(cfg.base, cfg)
+    policy.eos = eos
+    base = write(fipo.HFSampler(policy), "base", problems, cfg)
+    del policy
+    written = {"base": base, "trained": trained}
+
+    # 2) Both models score all responses.
+    updated = last_update_of(cfg.trained)
+    measure([*base, *trained, *updated], cfg)
+    metrics = {"settings": asdict(cfg)}
+    for who, responses in written.items():
+        metrics[who] = summarize(who, responses, tokenizer, tolerance)
+    map_rows, note = choose_for_map(written, updated, tokenizer)
+    metrics["token_map"] = map_rows
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    (out / "token_map.html").write_text(token_map(map_rows, note), encoding="utf-8")
+    with_weights = [row for row in map_rows if "F" in row]
+    most_influenced = max(with_weights, key=lambda row: max(map(abs, row["F"])))
+    draw_token_map(most_influenced, out / "token_map.png")
     draw_histograms(written, out / "histograms.png")
+
+    # 3) Token replacement, with both models in memory.
     if cfg.replacement:
-        rows, accuracy = replace_tokens(problems, written, cfg), {who: found[who]["accuracy"] for who in written}
-        needed = {c: fraction_needed(curve(rows, "base", c, accuracy["base"]), accuracy["trained"]) for c in CRITERIA}
-        shares = (f"{CRITERIA[c]} {f'{x[0]:.1%} to {x[1]:.1%}' if x else 'not reached'}" for c, x in needed.items())
-        say("tokens to replace in the base model's responses for 95 % of the way to the trained model's accuracy: "
-            + ", ".join(shares))  # fmt: skip
-        found |= {"replacement": rows, "fraction_needed": needed}
-        (out / "metrics.json").write_text(json.dumps(found, indent=1))
+        rows = replace_tokens(problems, written, cfg)
+        accuracy = {who: metrics[who]["accuracy"] for who in written}
+        needed = {}
+        ranges = []
+        for criterion, name in CRITERIA.items():
+            points = curve(rows, "base", criterion, accuracy["base"])
+            needed[criterion] = fraction_needed(points, accuracy["trained"])
+            if needed[criterion]:
+                ranges.append("{} {:.1%} to {:.1%}".format(name, *needed[criterion]))
+            else:
+                ranges.append(f"{name} not reached")
+        say(
+            "tokens to replace in the base model's responses for 95 % of the way to the trained "
+            f"model's accuracy: {', '.join(ranges)}"
+        )
+        metrics |= {"replacement": rows, "fraction_needed": needed}
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
         draw_replacement(rows, accuracy, out / "replacement.png")
     say(f"numbers, token map and pictures: {out}")
 
 
 def main(argv: list[str]) -> None:
-    usage = "python scripts/tokens.py [--help] [--SETTING VALUE …]"
-    parser = HfArgumentParser(TokensConfig, usage=usage, description=__doc__.split("\n\n")[1], allow_abbrev=False)
-    with fipo.one_clear_sentence():
-        run_tokens(TokensConfig(**vars(parser.parse_args(argv))))
+    parser = fipo.Parser(
+        TokensConfig,
+        usage="python scripts/tokens.py [--help] [--SETTING VALUE …]",
+        description=__doc__.split("\n\n")[1],
+        allow_abbrev=False,
+    )
+    with fipo.report_errors():
+        settings = parser.parse_args(argv)
+        run_tokens(TokensConfig(**vars(settings)))
 
 
 if __name__ == "__main__":

@@ -3,26 +3,31 @@
     from trl_fipo import FIPOTrainer
     FIPOTrainer(model=…, args=GRPOConfig(…), reward_funcs=…, train_dataset=…).train()
 
-f differs from 1 only where rollouts feed several updates: set `num_iterations` above 1, or `steps_per_generation` above
-`gradient_accumulation_steps`. FIPO's own values are fipo_loss's defaults, the paper's at 32B; its statistics are logged
-as fipo/….
+FIPO's weight f differs from 1 only if rollouts are used for several updates. Set `num_iterations`
+above 1, or `steps_per_generation` above `gradient_accumulation_steps`.
 
-TRL's stay: rollouts, rewards (yours), advantages (divided by std + 1e-4), the optimiser. TRL has no dynamic sampling.
-The loss takes its clip ratios from fipo_loss and ignores GRPOConfig's `loss_type`, `beta` and `epsilon`; images and
-tools are not passed on. A response that fipo_loss drops leaves the sum, but not TRL's count of tokens.
-tests/test_elsewhere.py trains with this class and finds the loss equal to this project's on every batch; `.ci/run` runs
-that with TRL 1.16.0.
+- fipo_loss is called with its defaults, which are the paper's values at 32B. Its clip ratios are
+  used, and GRPOConfig's `loss_type`, `beta` and `epsilon` are ignored.
+- Its statistics are logged as fipo/….
+- Rollouts, rewards (yours), advantages (divided by std + 1e-4) and the optimiser are TRL's. TRL has
+  no dynamic sampling. Images and tools are not passed to the model.
+- A response that fipo_loss drops does not contribute to the sum over tokens, but TRL's token count,
+  by which the sum is divided, still includes it.
 
-Whoever copies this file copies future_kl, influence_weight and fipo_loss of fipo.py too; they need only torch.
+tests/test_elsewhere.py trains with this class and checks that the loss equals this project's on
+every batch. `.ci/run` runs it with TRL 1.16.0.
 
-    python scripts/trl_fipo.py --help     # prints this; there is nothing else to run
+If you copy this file, also copy future_kl, influence_weight and fipo_loss from fipo.py, with the
+helpers they call. They need only torch.
+
+    python scripts/trl_fipo.py --help     # prints this text; there is nothing else to run
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before TRL is imported: to read this, it need not be installed
+if __name__ == "__main__":  # before the import of TRL, so that --help works without it
     print(__doc__)
     sys.exit()
 
@@ -35,15 +40,25 @@ from fipo import fipo_loss
 
 class FIPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)  # [B, P + T], prompts padded on the left
-        seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        # Prompts are padded on the left, completions on the right.
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)  # [B, P + T]
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         T = inputs["completion_ids"].shape[1]
-        logp, *_ = self._get_per_token_logps_and_entropies(model, ids, seen, T)  # [B, T]
-        old_logp = inputs.get("old_per_token_logps")  # none: the policy has not moved since the rollouts
-        tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes  # of all updates of these rollouts
-        tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        loss, metrics = fipo_loss(logp, logp.detach() if old_logp is None else old_logp, inputs["advantages"],
-                                  inputs["completion_mask"], num_tokens=tokens)  # fmt: skip
+        logp, *_ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, T)  # [B, T]
+
+        # TRL leaves the old log-probs out while the policy is still the one that sampled.
+        old_logp = inputs.get("old_per_token_logps")
+        if old_logp is None:
+            old_logp = logp.detach()
+
+        # TRL counts the tokens of all ranks and of all updates on these rollouts. It averages
+        # gradients over ranks.
+        updates = self.args.steps_per_generation / self.current_gradient_accumulation_steps
+        num_tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes / updates
+
+        mask = inputs["completion_mask"]
+        loss, metrics = fipo_loss(logp, old_logp, inputs["advantages"], mask, num_tokens=num_tokens)
+        log = self._metrics["train" if model.training else "eval"]
         for name, value in metrics.items():
-            self._metrics["train" if model.training else "eval"][f"fipo/{name}"].append(value)
+            log[f"fipo/{name}"].append(value)
         return loss

@@ -155,19 +155,19 @@ def test_unknown_flag_and_unknown_command(small, capsys):
 ])  # fmt: skip
 def test_out_of_memory_names_the_knobs(error):
     with pytest.raises(SystemExit, match="--tokens_per_micro_batch.*--rollout_rows.*--gradient_checkpointing"):
-        with fipo.one_clear_sentence():
+        with fipo.report_errors():
             raise error
 
 
 def test_out_of_memory_for_real():
     import torch
 
-    with pytest.raises(SystemExit, match="out of memory"), fipo.one_clear_sentence():
+    with pytest.raises(SystemExit, match="out of memory"), fipo.report_errors():
         torch.empty(1 << 60)
 
 
 def test_other_errors_are_not_hidden():
-    with pytest.raises(RuntimeError, match="a bug"), fipo.one_clear_sentence():
+    with pytest.raises(RuntimeError, match="a bug"), fipo.report_errors():
         raise RuntimeError("a bug")
 
 
@@ -182,7 +182,7 @@ def test_a_mistake_of_another_rank_alone_is_reported_after_rank_0_had_its_time(m
     waited = []
     monkeypatch.setattr(fipo.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(SystemExit, match="^fipo: rank 3: the disk of this node is full$"), fipo.one_clear_sentence():
+    with pytest.raises(SystemExit, match="^fipo: rank 3: the disk of this node is full$"), fipo.report_errors():
         raise fipo.FipoError("the disk of this node is full")
     assert waited == [10]
 
@@ -367,7 +367,7 @@ def test_the_bar_that_vllm_is_given_has_a_duration_and_prints_lines(capsys):
 
 def test_a_log_is_written_line_by_line(tmp_path):
     """A step takes minutes: what it says must not wait in a buffer until there are 8 kB of it."""
-    code = "import os, fipo\nwith fipo.one_clear_sentence():\n fipo.say('step 1')\n os._exit(0)"
+    code = "import os, fipo\nwith fipo.report_errors():\n fipo.say('step 1')\n os._exit(0)"
     with open(tmp_path / "log", "w") as log:
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=log, check=True)
     assert (tmp_path / "log").read_text() == "step 1\n"

@@ -399,7 +399,7 @@ def test_seeds_that_have_nothing_to_tell_are_left_out_and_counted():
 
 def test_arms_are_compared_with_dapo_of_their_own_setting():
     """On the same seeds."""
-    base = {"final": 0.5, "length": 1.0, "oracle/correlation": None, "influence/last": None}
+    base = {"final": 0.5, "length": 1.0, "oracle/correlation": None, "influence_last": None}
     areas = {("setting", "dapo", 0): 0.1, ("setting", "dapo", 1): 0.2, ("setting", "wide", 1): 0.5,
              ("setting", "more-dapo", 1): 0.3, ("setting", "more-wide", 1): 0.7,
              ("matters", "dapo", 1): 0.0, ("half", "largest", 1): 0.9, ("half", "random", 1): 0.5,

@@ -1,142 +1,195 @@
-"""scripts/trl_fipo.py and scripts/verl_fipo.py, run against TRL and verl where they are installed."""
+"""scripts/trl_fipo.py and scripts/verl_fipo.py, run with TRL and verl if they are installed."""
 
-import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from torch.nn.utils.rnn import pad_sequence
 
 import fipo
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture(autouse=True)
-def scripts_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
+SCRIPTS = ROOT / "scripts"
 
 
 @pytest.mark.parametrize("name", ["trl_fipo", "verl_fipo"])
 def test_help_needs_neither_trl_nor_verl(name):
     words = [sys.executable, str(SCRIPTS / f"{name}.py"), "--help"]
-    assert "A file to copy" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "A file to copy" in done.stdout
 
 
+# -------------------------------------------------------------------------------------------- TRL
 def test_trl_trains_with_fipo_and_computes_the_same_loss(base, sums, tmp_path):
     trl = pytest.importorskip("trl")
     import datasets
     from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
-    seen = []
+    from trl_fipo import FIPOTrainer
 
-    class Watched(importlib.import_module("trl_fipo").FIPOTrainer):
+    theirs = []
+    ours = []
+    largest_f = []
+
+    class Recorded(FIPOTrainer):
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
-            ours = same_loss_by_fipo(model, inputs, self.args)
-            seen.append((loss.item(), ours, self._metrics["train"]["fipo/influence_max"][-1]))
+            theirs.append(loss.item())
+            ours.append(same_loss_by_fipo(model, inputs, self.args))
+            largest_f.append(self._metrics["train"]["fipo/influence_max"][-1])
             return loss
 
-    how = trl.GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=16, num_generations=8, steps_per_generation=2,
-        num_iterations=2, max_completion_length=64, max_steps=8, learning_rate=5e-4, lr_scheduler_type="constant",
-        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-    )  # fmt: skip
-    tokenizer = Qwen2Tokenizer.from_pretrained(base, padding_side="left")
-    trainer = Watched(
-        model=Qwen2ForCausalLM.from_pretrained(base), args=how, processing_class=tokenizer,
-        reward_funcs=lambda completions, answer, **_: [float(fipo.verify(c, a)) for c, a in zip(completions, answer)],
+    def reward(completions, answer, **_):
+        return [float(fipo.verify(text, a)) for text, a in zip(completions, answer)]
+
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        num_generations=8,
+        steps_per_generation=2,
+        num_iterations=2,
+        max_completion_length=64,
+        max_steps=8,
+        learning_rate=5e-4,
+        lr_scheduler_type="constant",
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    trainer = Recorded(
+        model=Qwen2ForCausalLM.from_pretrained(base),
+        args=config,
+        processing_class=Qwen2Tokenizer.from_pretrained(base, padding_side="left"),
+        reward_funcs=reward,
         train_dataset=datasets.load_dataset("json", data_files=sums, split="train"),
-    )  # fmt: skip
+    )
     trainer.train()
-    assert len(seen) == 8
-    for theirs, ours, _ in seen:
-        assert theirs == pytest.approx(ours, abs=1e-5)
-    influence = [largest for _, _, largest in seen]
-    assert influence[0] == pytest.approx(1, abs=1e-5)  # nothing has moved yet
-    assert max(influence) > 1.02  # several updates per rollout: FIPO acts
+    assert len(theirs) == 8
+    assert theirs == pytest.approx(ours, abs=1e-5)
+    assert largest_f[0] == pytest.approx(1, abs=1e-5), "f is 1 before the first update"
+    assert max(largest_f) > 1.02, "f must differ from 1 in later updates"
 
 
 def same_loss_by_fipo(model, inputs, args) -> float:
-    """The batch through this project's own log-probs: rows without TRL's padding on the left."""
-    rows, masks, old = [], [], []
-    for i, real in enumerate(inputs["prompt_mask"].bool()):
-        prompt, count = inputs["prompt_ids"][i][real], int(inputs["completion_mask"][i].sum())
+    """Return the loss from this project's own log-probs, of rows without padding on the left."""
+    rows = []
+    masks = []
+    old = []
+    for i, is_prompt in enumerate(inputs["prompt_mask"].bool()):
+        prompt = inputs["prompt_ids"][i][is_prompt]
+        count = int(inputs["completion_mask"][i].sum())
+        zeros = torch.zeros(len(prompt))
         rows.append(torch.cat([prompt, inputs["completion_ids"][i][:count]]))
-        masks.append(torch.cat([torch.zeros(len(prompt)), torch.ones(count)]))
-        old.append(torch.cat([torch.zeros(len(prompt)), inputs["old_per_token_logps"][i][:count]]))
-    ids, mask, old = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, masks, old))
+        masks.append(torch.cat([zeros, torch.ones(count)]))
+        old.append(torch.cat([zeros, inputs["old_per_token_logps"][i][:count]]))
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence(masks, batch_first=True)
+    old_logp = pad_sequence(old, batch_first=True)
+    tokens = inputs["num_items_in_batch"] / args.steps_per_generation
     with torch.no_grad():
-        logp, _ = fipo.token_logprobs(model, ids, mask, args.temperature)
-        tokens = inputs["num_items_in_batch"] / args.steps_per_generation
-        return fipo.fipo_loss(logp, old, inputs["advantages"], mask, num_tokens=tokens)[0].item()
+        logp, *_ = fipo.token_logprobs(model, ids, mask, args.temperature)
+    loss, _ = fipo.fipo_loss(logp, old_logp, inputs["advantages"], mask, num_tokens=tokens)
+    return loss.item()
 
 
-def verl_batch(rows: int, T: int) -> dict[str, torch.Tensor]:
-    """A batch as verl's actor has it, in which f differs from 1 and one response is shorter."""
+# ------------------------------------------------------------------------------------------- verl
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """A batch in the form of verl's actor, in which f differs from 1 and one response is short."""
     torch.manual_seed(0)
-    mask = torch.ones(rows, T)
-    mask[1, T // 2 :] = 0
-    old = -torch.rand(rows, T)
-    return {"old_log_prob": old, "log_prob": old + 0.1 * torch.randn(rows, T), "response_mask": mask,
-            "advantages": torch.randn(rows, 1).expand(rows, T) * mask}  # fmt: skip
+    mask = torch.ones(4, 64)
+    mask[1, 32:] = 0
+    old = -torch.rand(4, 64)
+    return {
+        "old_log_prob": old,
+        "log_prob": old + 0.1 * torch.randn(4, 64),
+        "response_mask": mask,
+        "advantages": torch.randn(4, 1).expand(4, 64) * mask,
+    }
 
 
-def test_verl_calls_the_registered_loss_and_its_ranks_average_to_ours():
+@pytest.fixture
+def expected(batch):
+    """The loss and the metrics of this project."""
+    logp = batch["log_prob"]
+    old_logp = batch["old_log_prob"]
+    return fipo.fipo_loss(logp, old_logp, batch["advantages"], batch["response_mask"])
+
+
+@pytest.fixture
+def config():
+    """The configuration of a verl actor, after the loss is registered."""
     pytest.importorskip("verl")
-    from verl.trainer.ppo.core_algos import get_policy_loss_fn
-    from verl.workers.config import ActorConfig
+    from verl.workers.config import ActorConfig, PolicyLossConfig
 
-    importlib.import_module("verl_fipo")  # registers the loss
-    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.2,
-                         clip_ratio_high=0.28, clip_ratio_c=10.0)  # fmt: skip
-    batch = verl_batch(4, 64)
-    registered = get_policy_loss_fn("fipo")
-    whole, metrics = registered(**batch, config=config)
-    ours, expected = fipo.fipo_loss(
-        batch["log_prob"], batch["old_log_prob"], batch["advantages"], batch["response_mask"]
+    import verl_fipo  # noqa: F401
+
+    return ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        clip_ratio_c=10.0,
+        policy_loss=PolicyLossConfig(loss_mode="fipo"),
     )
-    assert whole.item() == pytest.approx(ours.item(), abs=1e-6)
-    assert metrics["actor/fipo_influence_mean"] == pytest.approx(expected["influence_mean"]) != 1
-    config.global_batch_info.update(dp_size=2, batch_num_tokens=int(batch["response_mask"].sum()))
-    ranks = [
-        registered(**{k: v[rows] for k, v in batch.items()}, config=config)[0] for rows in (slice(0, 1), slice(1, 4))
-    ]
-    assert sum(ranks).item() / 2 == pytest.approx(ours.item(), abs=1e-6)  # gradients are averaged over the ranks
 
 
-def test_import_verl_registers_it_in_any_process():
-    pytest.importorskip("verl")
-    path = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
-    code = "import verl; from verl.trainer.ppo.core_algos import get_policy_loss_fn as f; print(f('fipo').__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "verl_fipo"})  # fmt: skip
-    assert done.stdout.split()[-1:] == ["fipo_policy_loss"], done.stderr
+def test_verl_calls_the_registered_loss_and_its_ranks_average_to_ours(config, batch, expected):
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    registered = get_policy_loss_fn("fipo")
+    loss, metrics = registered(**batch, config=config)
+    expected_loss, expected_metrics = expected
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
+    influence = expected_metrics["influence_mean"]
+    assert metrics["actor/fipo_influence_mean"] == pytest.approx(influence) != 1
+
+    # verl averages the gradients over the ranks.
+    tokens = int(batch["response_mask"].sum())
+    config.global_batch_info.update(dp_size=2, batch_num_tokens=tokens)
+    total = 0.0
+    for rows in (slice(0, 1), slice(1, 4)):
+        of_rank = {name: values[rows] for name, values in batch.items()}
+        loss, _ = registered(**of_rank, config=config)
+        total += loss.item()
+    assert total / 2 == pytest.approx(expected_loss.item(), abs=1e-6)
 
 
-def test_verl_s_own_actor_loss_reaches_it():
-    pytest.importorskip("verl")
+def test_verl_s_own_actor_loss_calls_it(config, batch, expected, monkeypatch):
     from tensordict import TensorDict
     from verl.utils.tensordict_utils import assign_non_tensor
-    from verl.workers.config import ActorConfig, PolicyLossConfig
     from verl.workers.utils import losses
 
-    importlib.import_module("verl_fipo")  # registers the loss
-    batch = verl_batch(4, 64)
-    fipo_loss = PolicyLossConfig(loss_mode="fipo")
-    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.2,
-                         clip_ratio_high=0.28, clip_ratio_c=10.0, policy_loss=fipo_loss)  # fmt: skip
-    data = TensorDict({"response_mask": batch["response_mask"], "old_log_probs": batch["old_log_prob"],
-                       "advantages": batch["advantages"]}, batch_size=4)  # fmt: skip
-    assign_non_tensor(data, dp_size=1, batch_num_tokens=int(batch["response_mask"].sum()), global_batch_size=4)
-    unpadded = losses.no_padding_2_padding
-    losses.no_padding_2_padding = lambda values, _: values  # the batch is padded already
-    try:
-        loss, metrics = losses.ppo_loss(config, {"log_probs": batch["log_prob"]}, data)
-    finally:
-        losses.no_padding_2_padding = unpadded
-    ours, _ = fipo.fipo_loss(batch["log_prob"], batch["old_log_prob"], batch["advantages"], batch["response_mask"])
-    assert loss.item() == pytest.approx(ours.item(), abs=1e-6)
+    fields = {
+        "response_mask": batch["response_mask"],
+        "old_log_probs": batch["old_log_prob"],
+        "advantages": batch["advantages"],
+    }
+    data = TensorDict(fields, batch_size=4)
+    tokens = int(batch["response_mask"].sum())
+    assign_non_tensor(data, dp_size=1, batch_num_tokens=tokens, global_batch_size=4)
+    # The batch is padded already.
+    monkeypatch.setattr(losses, "no_padding_2_padding", lambda values, _: values)
+    loss, metrics = losses.ppo_loss(config, {"log_probs": batch["log_prob"]}, data)
+    expected_loss, _ = expected
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
     assert "actor/fipo_future_kl_mean" in metrics
+
+
+def test_import_verl_registers_the_loss_in_a_new_process():
+    pytest.importorskip("verl")
+    code = (
+        "import verl; from verl.trainer.ppo.core_algos import get_policy_loss_fn as get; "
+        "print(get('fipo').__name__)"
+    )
+    path = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    variables = {"PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "verl_fipo"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | variables)
+    assert done.stdout.split()[-1:] == ["fipo_policy_loss"], done.stderr

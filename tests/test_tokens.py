@@ -1,17 +1,19 @@
-"""Which tokens did RL change: the measures, token replacement, the token map."""
+"""scripts/tokens.py: the measures, token replacement, the token map and the command."""
 
-import dataclasses
 import gc
+import itertools
 import json
 import math
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import warnings
 import weakref
 from array import array
+from dataclasses import fields, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -24,21 +26,42 @@ import tokens
 from fipo import derive_seed
 from tokens import ReplacingSampler, Response, TokensConfig, compare
 
+SEEDS = list(range(6))
+
 
 @pytest.fixture(scope="module")
 def trained(base, sums, tmp_path_factory) -> str:
-    """The base after two batches of rollouts at a high learning rate: near it, and yet another policy."""
-    out = tmp_path_factory.mktemp("trained")
-    cfg = fipo.Config(model=base, data=sums, out=str(out / "run"), steps=2, group_size=8, prompts_per_batch=4,
-                      prompts_per_mini_batch=2, max_prompt=16, max_response=32, overlong_buffer=8, lr=1e-3,
-                      warmup_steps=0)  # fmt: skip
+    """The base model after two batches of rollouts, with a learning rate high enough to see it."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    cfg = fipo.Config(
+        model=base,
+        data=sums,
+        out=str(run),
+        steps=2,
+        group_size=8,
+        prompts_per_batch=4,
+        prompts_per_mini_batch=2,
+        max_prompt=16,
+        max_response=32,
+        overlong_buffer=8,
+        lr=1e-3,
+        warmup_steps=0,
+    )
     fipo.train(cfg)
-    return str(out / "run" / "checkpoints" / "step_000002")
+    return str(run / "checkpoints" / "step_000002")
 
 
 @pytest.fixture(scope="module")
 def cfg(base, trained, sums) -> TokensConfig:
-    return TokensConfig(data=sums, max_prompt=16, max_response=24, base=base, trained=trained, problems=6, seeds=2)
+    return TokensConfig(
+        data=sums,
+        max_prompt=16,
+        max_response=24,
+        base=base,
+        trained=trained,
+        problems=6,
+        seeds=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,484 +74,671 @@ def problems(cfg, pair):
     return fipo.encode_problems(cfg.data, pair["base"], cfg)[: cfg.problems]
 
 
-SEEDS = list(range(6))
+def generate(sampler, problems, seeds=SEEDS) -> list[Response]:
+    """Return two responses to each problem, problem by problem."""
+    groups = sampler.generate(problems, seeds, 2, 24, 1.0, 1.0)
+    return [Response(**vars(r)) for r in itertools.chain(*groups)]
 
 
-def alone(policy, problems, seeds=SEEDS):
-    """Both responses to each problem, problem by problem."""
-    groups = fipo.HFSampler(policy).generate(problems, seeds, 2, 24, 1.0, 1.0)
-    return [Response(**vars(r)) for group in groups for r in group]
+@pytest.fixture(scope="module")
+def alone(cfg, pair, problems):
+    """What each model writes by itself, with its measures."""
+    written = {who: generate(fipo.HFSampler(policy), problems) for who, policy in pair.items()}
+    tokens.measure([*written["base"], *written["trained"]], cfg)
+    return written
 
 
-def replaced(pair, problems, writer, criterion, threshold, extrapolate=0.0):
-    sampler = ReplacingSampler(pair, writer, criterion, threshold, extrapolate)
-    return [r for group in sampler.generate(problems, SEEDS, 2, 24, 1.0, 1.0) for r in group]
+@pytest.fixture(scope="module")
+def alone_as_other(pair, problems):
+    """What each model writes by itself with the random numbers of the model that replaces."""
+    seeds = [derive_seed(seed, "other") for seed in SEEDS]
+    samplers = {who: fipo.HFSampler(policy) for who, policy in pair.items()}
+    return {who: generate(sampler, problems, seeds) for who, sampler in samplers.items()}
 
 
 def ids(responses):
     return [list(r.response_ids) for r in responses]
 
 
-# -------------------------------------------------------------------------------------------------------- measures
+def logp_of(policy, r):
+    """Return the log-probs of a model at the tokens of a response, [T, V]."""
+    row = torch.tensor([[*r.problem.prompt_ids, *r.response_ids]])
+    with torch.no_grad():
+        logits = policy.model(row).logits[0, len(r.problem.prompt_ids) - 1 : -1]
+    return logits.log_softmax(-1)
 
 
-def test_the_measures_are_their_formulas():
-    """Each against a sum over the vocabulary, term by term, in double precision."""
+# --------------------------------------------------------------------------------------- measures
+def kl_by_hand(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+def entropy_by_hand(p):
+    return -sum(a * math.log(a) for a in p)
+
+
+def test_measures_match_their_formulas():
+    """Compare each with a sum over the vocabulary in double precision."""
     torch.manual_seed(0)
-    base, trained = (3 * torch.randn(5, 7), 3 * torch.randn(5, 7))
+    base = 3 * torch.randn(5, 7)
+    trained = 3 * torch.randn(5, 7)
     token = torch.tensor([0, 6, 3, 3, 1])
     found = compare(base.log_softmax(-1), trained.log_softmax(-1), token)
     for n in range(5):
-        q, p = (x[n].double().softmax(-1).tolist() for x in (base, trained))
+        q = base[n].double().softmax(-1).tolist()
+        p = trained[n].double().softmax(-1).tolist()
         m = [(a + b) / 2 for a, b in zip(p, q)]
-        kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))  # noqa: E731
         expected = {
             "delta_logp": math.log(p[token[n]] / q[token[n]]),
-            "kl": kl(p, q),
-            "js": (kl(p, m) + kl(q, m)) / 2,
-            "entropy_base": -sum(a * math.log(a) for a in q),
-            "entropy_trained": -sum(a * math.log(a) for a in p),
+            "kl": kl_by_hand(p, q),
+            "js": (kl_by_hand(p, m) + kl_by_hand(q, m)) / 2,
+            "entropy_base": entropy_by_hand(q),
+            "entropy_trained": entropy_by_hand(p),
             "base": math.log(q[token[n]]),
             "trained": math.log(p[token[n]]),
         }
-        assert {name: values[n].item() for name, values in found.items()} == pytest.approx(expected, abs=1e-5)
+        row = {name: values[n].item() for name, values in found.items()}
+        assert row == pytest.approx(expected, abs=1e-5)
     assert set(found) == {*tokens.MEASURES, "base", "trained"}
 
 
-def test_equal_policies_do_not_differ():
+def test_measures_of_equal_models_are_zero():
     logp = torch.randn(4, 9).log_softmax(-1)
     found = compare(logp, logp, torch.zeros(4).long())
-    assert all(found[name].abs().max() < 1e-6 for name in ("delta_logp", "kl", "js"))
+    for name in ("delta_logp", "kl", "js"):
+        assert found[name].abs().max() < 1e-6
 
 
-def test_two_models_are_measured_at_each_token_of_each_response(cfg, pair, problems):
-    """However the responses are cut into passes and the logits into chunks: as from the models' full logits."""
-    responses = [r for who in pair for r in alone(pair[who], problems)]
-    for tokens_per_micro_batch, chunk in ((32768, 1024), (64, 5)):
-        tokens.measure(responses, dataclasses.replace(cfg, tokens_per_micro_batch=tokens_per_micro_batch), chunk)
-        for r in responses:
-            row = torch.tensor([[*r.problem.prompt_ids, *r.response_ids]])
-            start = len(r.problem.prompt_ids)
-            with torch.no_grad():
-                logp = [pair[who].model(row).logits[0, start - 1 : -1].log_softmax(-1) for who in pair]
-            for name, direct in compare(*logp, row[0, start:]).items():
-                torch.testing.assert_close(r.measures[name], direct, atol=2e-5, rtol=1e-4)
-    assert tokens.values_of(responses, "delta_logp").abs().max() > 0.1, "the models must differ"
+@pytest.mark.parametrize("max_tokens, chunk", [(32768, 1024), (64, 5)])
+def test_measure_matches_the_full_logits(cfg, pair, alone, max_tokens, chunk):
+    """The result depends on neither the size of the passes nor that of the chunks of logits."""
+    cfg = replace(cfg, tokens_per_micro_batch=max_tokens)
+    responses = [replace(r, measures={}) for r in alone["base"] + alone["trained"]]
+    tokens.measure(responses, cfg, chunk)
+    for r in responses:
+        token = torch.tensor(list(r.response_ids))
+        expected = compare(logp_of(pair["base"], r), logp_of(pair["trained"], r), token)
+        for name, values in expected.items():
+            torch.testing.assert_close(r.measures[name], values, atol=2e-5, rtol=1e-4)
+    largest = tokens.values_of(responses, "delta_logp").abs().max()
+    assert largest > 0.1, "the models must differ for this test"
 
 
-def test_the_extreme_tokens_are_shown_in_their_context(cfg, pair, problems):
-    responses = alone(pair["base"], problems)
-    tokens.measure(responses, cfg)
+def test_summarize_reports_accuracy_length_and_share_below(pair, alone):
+    responses = alone["base"]
     found = tokens.summarize("base", responses, pair["base"].tokenizer, 1e-3)
-    every = tokens.values_of(responses, "delta_logp").sort().values
-    smallest, largest = found["smallest_delta_logp"], found["largest_delta_logp"]
-    assert smallest[0]["delta_logp"] == every[0].item() and largest[0]["delta_logp"] == every[-1].item()
-    texts = [pair["base"].tokenizer.decode([*r.problem.prompt_ids, *r.response_ids]) for r in responses]
-    for shown, sign in ((smallest, 1), (largest, -1)):
-        assert len(shown) == 20 == len({(t["before"], t["token"]) for t in shown}), "twenty, each once"
-        assert [t["delta_logp"] for t in shown] == sorted((t["delta_logp"] for t in shown), key=lambda x: sign * x)
-        assert all(any(t["before"] + t["token"] + t["after"] in text for text in texts) for t in shown)
     below = found["share_below"]["delta_logp"]
-    assert below["0.1"] == pytest.approx((every.abs() < 0.1).float().mean().item())
+    size = tokens.values_of(responses, "delta_logp").abs()
+    assert below["0.1"] == pytest.approx((size < 0.1).float().mean().item())
     assert 0 < below["0.01"] <= below["0.1"] <= below["1"] <= 1
     assert found["accuracy"] == sum(r.correct for r in responses) / len(responses)
-    assert found["response_length"] == sum(len(r.response_ids) for r in responses) / len(responses)
+    tokens_in_all = sum(len(r.response_ids) for r in responses)
+    assert found["response_length"] == tokens_in_all / len(responses)
 
 
-def test_a_model_that_scales_its_logits_is_refused(cfg, pair, problems):
-    """Scores are made from hidden states and head: where a model does more behind its head, they would be wrong."""
-    responses = alone(pair["base"], problems)
-    tokens.measure(responses, cfg)
-    tokens.summarize("base", responses, pair["base"].tokenizer, 1e-3)
-    responses[0].sampler_logp = array("f", [x - 1 for x in responses[0].sampler_logp])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extreme_tokens_are_listed_in_their_context(pair, alone, sign):
+    tokenizer = pair["base"].tokenizer
+    found = tokens.summarize("base", alone["base"], tokenizer, 1e-3)
+    shown = found["largest_delta_logp" if sign > 0 else "smallest_delta_logp"]
+    every = tokens.values_of(alone["base"], "delta_logp").sort(descending=sign > 0).values
+    values = [row["delta_logp"] for row in shown]
+    assert values[0] == every[0].item()
+    assert values == sorted(values, reverse=sign > 0)
+    assert len(shown) == 20
+    assert len({(row["before"], row["token"]) for row in shown}) == 20
+    texts = [tokenizer.decode([*r.problem.prompt_ids, *r.response_ids]) for r in alone["base"]]
+    for row in shown:
+        context = row["before"] + row["token"] + row["after"]
+        assert any(context in text for text in texts)
+
+
+def test_summarize_rejects_a_model_that_scales_its_logits(pair, alone):
+    """Scoring applies the head to the hidden states, and so misses what a model does after it."""
+    tokenizer = pair["base"].tokenizer
+    tokens.summarize("base", alone["base"], tokenizer, 1e-3)
+    changed = [replace(r) for r in alone["base"]]
+    changed[0].sampler_logp = array("f", [logp - 1 for logp in changed[0].sampler_logp])
     with pytest.raises(fipo.FipoError, match="scales or caps its logits"):
-        tokens.summarize("base", responses, pair["base"].tokenizer, 1e-3)
+        tokens.summarize("base", changed, tokenizer, 1e-3)
 
 
-# ----------------------------------------------------------------------------------------------- token replacement
-
-
+# ------------------------------------------------------------------------------ token replacement
 @pytest.mark.parametrize("criterion", tokens.CRITERIA)
 @pytest.mark.parametrize("writer, other", [("base", "trained"), ("trained", "base")])
-def test_never_is_the_writer_and_always_is_the_other_model(pair, problems, writer, other, criterion):
-    never = replaced(pair, problems, writer, criterion, math.inf)
-    assert ids(never) == ids(alone(pair[writer], problems)) and not any(r.replaced for r in never)
-    always = replaced(pair, problems, writer, criterion, -math.inf)
-    assert ids(always) == ids(alone(pair[other], problems, [derive_seed(seed, "other") for seed in SEEDS]))
+def test_infinite_thresholds_leave_one_model_alone(
+    pair, problems, alone, alone_as_other, writer, other, criterion
+):
+    never = generate(ReplacingSampler(pair, writer, criterion, math.inf, 0.0), problems)
+    assert ids(never) == ids(alone[writer])
+    assert not any(r.replaced for r in never)
+    always = generate(ReplacingSampler(pair, writer, criterion, -math.inf, 0.0), problems)
+    assert ids(always) == ids(alone_as_other[other])
     assert all(r.replaced == len(r.response_ids) for r in always)
     assert ids(never) != ids(always)
 
 
-def test_replaced_tokens_are_counted(pair, problems):
-    """The random criterion fires where its own random number is high: count these numbers."""
-    responses = replaced(pair, problems, "base", "random", 0.7)
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "random")) for seed in SEEDS]
-    u = torch.cat([torch.rand(2, 24, generator=generator) for generator in generators])
-    for r, numbers in zip(responses, u):
-        assert r.replaced == (numbers[: len(r.response_ids)] >= 0.7).sum().item()
-    assert all(sum(r.replaced for r in responses[j::2]) > 0 for j in (0, 1))
+def test_random_criterion_replaces_where_its_random_number_is_high(pair, problems):
+    responses = generate(ReplacingSampler(pair, "base", "random", 0.7, 0.0), problems)
+    numbers = []
+    for seed in SEEDS:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "random"))
+        numbers += torch.rand(2, 24, generator=generator)
+    for r, u in zip(responses, numbers):
+        assert r.replaced == (u[: len(r.response_ids)] >= 0.7).sum().item()
+    for j in (0, 1):
+        assert sum(r.replaced for r in responses[j::2]) > 0
 
 
-def test_what_is_written_together_does_not_depend_on_what_is_beside_it(pair, problems):
-    together = replaced(pair, problems, "base", "random", 0.5)
+def test_replacement_does_not_depend_on_the_rest_of_the_batch(pair, problems):
     sampler = ReplacingSampler(pair, "base", "random", 0.5, 0.0)
+    together = generate(sampler, problems)
     for i, problem in enumerate(problems):
-        (group,) = sampler.generate([problem], [SEEDS[i]], 2, 24, 1.0, 1.0)
+        group = generate(sampler, [problem], [SEEDS[i]])
         assert ids(group) == ids(together[2 * i : 2 * i + 2])
 
 
 @pytest.mark.parametrize("writer, sign", [("base", -1), ("trained", 1)])
-def test_a_token_is_replaced_where_the_other_model_likes_it_less(cfg, pair, problems, writer, sign):
-    """Base writes: Δlog p ≤ −threshold; trained writes: Δlog p ≥ threshold. Until it fires, the writer's own text."""
-    own, threshold = alone(pair[writer], problems), 0.05
-    tokens.measure(own, cfg)
+def test_delta_logp_replaces_tokens_that_the_other_model_likes_less(
+    pair, problems, alone, writer, sign
+):
+    """Up to the first token that fires, a response is the writer's own."""
+    threshold = 0.05
+    sampler = ReplacingSampler(pair, writer, "delta_logp", threshold, 0.0)
+    responses = generate(sampler, problems)
     changed = 0
-    for r, new in zip(own, ids(replaced(pair, problems, writer, "delta_logp", threshold))):
-        fires = (sign * r.measures["delta_logp"] >= threshold).nonzero()[:, 0].tolist()
-        first = fires[0] if fires else len(r.response_ids)
-        assert new[:first] == list(r.response_ids)[:first]
-        changed += new != list(r.response_ids)
-        assert fires or new == list(r.response_ids)
-    assert changed, "some token must be replaced for this to say anything"
+    for own, new in zip(alone[writer], responses):
+        own_ids = list(own.response_ids)
+        new_ids = list(new.response_ids)
+        fires = (sign * own.measures["delta_logp"] >= threshold).tolist()
+        first = fires.index(True) if any(fires) else len(own_ids)
+        assert new_ids[:first] == own_ids[:first]
+        assert any(fires) or new_ids == own_ids
+        changed += new_ids != own_ids
+    assert changed, "a token must be replaced for this test"
 
 
-def test_extrapolation_goes_beyond_the_trained_model(cfg, pair, problems):
-    """Drawn from softmax((1 + γ) log π_RL − γ log π_base), at every position."""
-    for r in replaced(pair, problems, "base", "extrapolated", -math.inf, extrapolate=0.5):
-        row, start = torch.tensor([[*r.problem.prompt_ids, *r.response_ids]]), len(r.problem.prompt_ids)
-        with torch.no_grad():
-            base, trained = (pair[who].model(row).logits[0, start - 1 : -1].log_softmax(-1) for who in pair)
+def test_extrapolated_tokens_come_from_beyond_the_trained_model(pair, problems):
+    """The distribution is softmax((1 + γ) log π_RL − γ log π_base), here at every token."""
+    sampler = ReplacingSampler(pair, "base", "extrapolated", -math.inf, 0.5)
+    for r in generate(sampler, problems):
+        base = logp_of(pair["base"], r)
+        trained = logp_of(pair["trained"], r)
         beyond = (1.5 * trained - 0.5 * base).log_softmax(-1)
-        chosen = torch.tensor(list(r.response_ids))[:, None]
-        torch.testing.assert_close(torch.tensor(r.sampler_logp), beyond.gather(1, chosen)[:, 0], atol=1e-4, rtol=1e-4)
+        token = torch.tensor(list(r.response_ids))
+        expected = beyond.gather(1, token[:, None])[:, 0]
+        sampled = torch.tensor(r.sampler_logp)
+        torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=1e-4)
     assert (beyond - trained).abs().max() > 1e-3
 
 
-def test_the_sweep(cfg, pair, problems):
-    """Thresholds fall as fractions rise; curves begin near nothing; what is reported is what a run at that threshold
-    gives, response by response, from the same seeds as the writer's own responses."""
-    written = {who: tokens.write(fipo.HFSampler(pair[who]), who, problems, cfg) for who in pair}
-    for who in pair:
-        seeds = [derive_seed(cfg.seed, "tokens", who, i) for i in range(len(problems))]
-        own = fipo.HFSampler(pair[who]).generate(problems, seeds, cfg.seeds, cfg.max_response, 1.0, 1.0)
-        assert [list(r.response_ids) for seed in zip(*own) for r in seed] == ids(written[who])
-    tokens.measure(written["base"] + written["trained"], cfg)
-    rows = tokens.replace_tokens(problems, written, dataclasses.replace(cfg, rollout_rows=8))  # in two batches
-    for writer, criterion in {(row["writer"], row["criterion"]) for row in rows}:
-        mine = [row for row in rows if (row["writer"], row["criterion"]) == (writer, criterion)]
-        thresholds = [row["threshold"] for row in mine]
-        assert thresholds == sorted(thresholds, reverse=True) and thresholds[-1] > 0
-        assert max(mine[0]["fraction"]) < 0.1
-    random = [row for row in rows if row["criterion"] == "random"]
-    assert len(random) == 2 * len(tokens.FRACTIONS)
-    for row, fraction in zip(random, 2 * tokens.FRACTIONS):
-        assert sum(row["fraction"]) / cfg.seeds == pytest.approx(fraction, abs=0.1)
-    row = next(row for row in rows if (row["writer"], row["criterion"]) == ("base", "kl"))
-    seeds = [derive_seed(cfg.seed, "tokens", "base", i) for i in range(len(problems))]
+FRACTIONS = (0.01, 0.08, 0.3)  # fewer than in tokens.py, to save time
+
+
+@pytest.fixture(scope="module")
+def study(cfg, tmp_path_factory):
+    """The settings of a whole study, written by the command. Its rollouts need two batches."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    cfg = replace(cfg, out=str(out), problems=3, rollout_rows=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "FRACTIONS", FRACTIONS)
+        tokens.main(flags(cfg))
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def metrics(study):
+    return json.loads((Path(study.out) / "metrics.json").read_text())
+
+
+def seeds_of(writer, study, problems):
+    return [derive_seed(study.seed, "tokens", writer, i) for i in range(len(problems))]
+
+
+@pytest.mark.parametrize("who", ["base", "trained"])
+def test_write_samples_one_response_per_problem_and_seed(study, metrics, pair, problems, who):
+    problems = problems[: study.problems]
+    sampler = fipo.HFSampler(pair[who])
+    responses = tokens.write(sampler, who, problems, study)
+    expected = generate(sampler, problems, seeds_of(who, study, problems))
+    assert ids(responses) == ids(expected[::2] + expected[1::2])
+    assert metrics[who]["accuracy"] == sum(r.correct for r in responses) / len(responses)
+
+
+def test_thresholds_of_a_curve_fall_from_rare_replacement_to_frequent(metrics):
+    curves = {}
+    for row in metrics["replacement"]:
+        curves.setdefault((row["writer"], row["criterion"]), []).append(row)
+    assert len(curves) == 9
+    for rows in curves.values():
+        thresholds = [row["threshold"] for row in rows]
+        assert thresholds == sorted(thresholds, reverse=True)
+        assert thresholds[-1] > 0
+        assert max(rows[0]["fraction"]) < 0.1
+
+
+def test_random_criterion_replaces_the_fractions_asked_for(study, metrics):
+    rows = [row for row in metrics["replacement"] if row["criterion"] == "random"]
+    assert len(rows) == 2 * len(FRACTIONS)
+    for row, fraction in zip(rows, 2 * FRACTIONS):
+        assert sum(row["fraction"]) / study.seeds == pytest.approx(fraction, abs=0.1)
+
+
+def test_rows_of_replacement_match_a_run_with_their_threshold(study, metrics, pair, problems):
+    """The seeds are those of the writer's own responses."""
+    problems = problems[: study.problems]
+    kl_rows = [row for row in metrics["replacement"] if row["criterion"] == "kl"]
+    row = kl_rows[0]
+    assert row["writer"] == "base"
     sampler = ReplacingSampler(pair, "base", "kl", row["threshold"], 0.0)
-    groups = sampler.generate(problems, seeds, cfg.seeds, cfg.max_response, 1.0, 1.0)
-    for j in range(cfg.seeds):
-        seed = [group[j] for group in groups]
-        assert row["fraction"][j] == sum(r.replaced for r in seed) / sum(len(r.response_ids) for r in seed)
-        read = [pair["base"].tokenizer.decode(list(r.response_ids), skip_special_tokens=True) for r in seed]
-        right = [fipo.verify(text, problem.answer) for text, problem in zip(read, problems)]
-        assert row["accuracy"][j] == sum(right) / len(right)
+    responses = generate(sampler, problems, seeds_of("base", study, problems))
+    tokenizer = pair["base"].tokenizer
+    for j in range(study.seeds):
+        of_seed = responses[j :: study.seeds]
+        length = sum(len(r.response_ids) for r in of_seed)
+        assert row["fraction"][j] == sum(r.replaced for r in of_seed) / length
+        right = 0
+        for r in of_seed:
+            text = tokenizer.decode(list(r.response_ids), skip_special_tokens=True)
+            right += fipo.verify(text, r.problem.answer)
+        assert row["accuracy"][j] == right / len(of_seed)
+    for row in metrics["replacement"]:
+        assert len(row["fraction"]) == len(row["accuracy"]) == study.seeds
 
 
-def test_a_pair_without_a_difference_has_no_curve(cfg, base, problems, pair):
-    """Where nothing changed, no token is to be replaced: Δlog p and KL do not fire at thresholds of 0."""
-    same = dataclasses.replace(cfg, trained=base)
-    written = {who: tokens.write(fipo.HFSampler(pair["base"]), who, problems, same) for who in pair}
+def test_equal_models_have_no_curve_of_delta_logp_or_kl(cfg, base, alone):
+    """Thresholds of 0, which would replace tokens that did not change, are left out."""
+    written = {}
+    for who, responses in alone.items():
+        written[who] = [replace(r, measures={}) for r in responses]
+    same = replace(cfg, trained=base)
     tokens.measure(written["base"] + written["trained"], same)
-    found = {row["criterion"] for row in tokens.replace_tokens(problems, written, same)}
-    assert found == {"entropy", "random"}
+    criteria = {criterion for _, criterion, _ in tokens.rules(written)}
+    assert criteria == {"entropy", "random"}
 
 
-def test_the_fraction_that_is_needed():
+def test_fraction_needed_is_where_the_curve_first_covers_the_share():
     points = [(0.0, 0.2, 0.0), (0.1, 0.6, 0.0), (0.3, 0.97, 0.0), (0.2, 1.0, 0.0)]
     assert tokens.fraction_needed(points, end=1.0, share=0.5) == (0.0, 0.1)
     assert tokens.fraction_needed(points, end=1.0, share=0.9) == (0.1, 0.3)
     assert tokens.fraction_needed(points, end=1.0) == (0.1, 0.3)
     assert tokens.fraction_needed(points[:2], end=1.0) is None
-    assert tokens.fraction_needed([(0.0, 0.9, 0.0), (0.1, 0.3, 0.0)], end=0.3) == (0.0, 0.1), "downwards too"
-    assert tokens.fraction_needed(points, end=0.2) is None, "nowhere to go: both models are as good"
+    falling = [(0.0, 0.9, 0.0), (0.1, 0.3, 0.0)]
+    assert tokens.fraction_needed(falling, end=0.3) == (0.0, 0.1)
+    assert tokens.fraction_needed(points, end=0.2) is None, "both models are equally good"
 
 
-# ---------------------------------------------------------------------------------------------------- the token map
-
-
+# ---------------------------------------------------------------------------------- the token map
 class Page(HTMLParser):
-    """The tags, styles and texts of a page."""
+    """The tags, the tokens' attributes and the text of a page."""
 
-    def __init__(self, text: str):
+    def __init__(self, html: str):
         super().__init__()
-        self.tags, self.marks, self.text = [], [], ""
-        self.feed(text)
+        self.tags = []
+        self.tokens = []
+        self.text = ""
+        self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         if tag == "i":
-            self.marks.append(dict(attributes))
+            self.tokens.append(dict(attributes))
 
     def handle_data(self, data):
         self.text += data
 
 
-def test_the_token_map_needs_nothing_but_itself():
+def test_token_map_is_a_page_without_scripts_or_links():
     odd = ['<b>"', "&amp;", "\n", "é", "'"]
-    rows = [{"caption": "a <caption>", "prompt": "p & q", "tokens": odd, "delta_logp": [-2.0, 0, 1, 0.5, 1e-9],
-             "F": [0.1, -0.1, 0, 0, 0], "f": [1.2, 1, 1, 1, 1]},
-            {"caption": "no update", "prompt": "p", "tokens": ["x"], "delta_logp": [4.0]}]  # fmt: skip
-    text = tokens.token_map(rows, "A note.")
-    page = Page(text)
-    assert not {"script", "link", "img", "iframe"} & set(page.tags) and "://" not in text and "url(" not in text
-    assert page.tags.count("input") == 3 and "a <caption>" in page.text and "p & q" in page.text
-    assert "".join(odd).replace("\n", "⏎\n") in page.text
-    first, last = page.marks[0], page.marks[-1]
-    assert "Δlog p -2, F 0.1, f 1.2" in first["title"] and "Δlog p 4" in last["title"] and "F" not in last["title"]
-    assert "--delta_logp-line:dotted" in first["style"] and "--delta_logp-line:solid" in last["style"]
-    assert f"--delta_logp:{tokens.shade(-0.5)}" in first["style"] and f"--f:{tokens.shade(1)}" in first["style"]
-    legend = re.findall(r'class="legend f">f: (.*?)</div>', text)[0]
-    assert re.findall(r">([^<>]+)</b>", legend) == ["1", "1.2"], "the ends that occur, and the neutral value"
+    updated = {
+        "caption": "a <caption>",
+        "prompt": "p & q",
+        "tokens": odd,
+        "delta_logp": [-2.0, 0, 1, 0.5, 1e-9],
+        "F": [0.1, -0.1, 0, 0, 0],
+        "f": [1.2, 1, 1, 1, 1],
+    }
+    other = {"caption": "no update", "prompt": "p", "tokens": ["x"], "delta_logp": [4.0]}
+    html = tokens.token_map([updated, other], "A <note>.")
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert "://" not in html
+    assert "url(" not in html
+    assert page.tags.count("input") == 3
+    for text in ("a <caption>", "p & q", "A <note>.", "".join(odd).replace("\n", "⏎\n")):
+        assert text in page.text
+    first = page.tokens[0]
+    last = page.tokens[-1]
+    assert first["title"] == f"{odd[0]!r}: Δlog p -2, F 0.1, f 1.2"
+    assert last["title"] == "'x': Δlog p 4"
+    assert "--delta_logp-line:dotted" in first["style"]
+    assert "--delta_logp-line:solid" in last["style"]
+    assert f"--delta_logp:{tokens.shade(-0.5)}" in first["style"]
+    assert f"--f:{tokens.shade(1)}" in first["style"]
+    legend = re.findall(r'class="legend f">f: (.*?)</div>', html)[0]
+    assert re.findall(r">([^<>]+)</b>", legend) == ["1", "1.2"], "the neutral value and the largest"
 
 
-def test_a_character_of_several_tokens_is_shown_once(reader):
-    """Byte tokens: é is two of them, 思 three. Nothing is lost, and nothing is torn."""
+@pytest.mark.parametrize("text", ["aé思b", "x" * 30 + "思考 é", "\n\n$$<b>"])
+def test_a_character_of_several_tokens_is_shown_once(reader, text):
+    """The tokens are bytes: é is two of them, 思 three."""
     tokenizer = AutoTokenizer.from_pretrained(reader)
-    for text in ("aé思b", "x" * 30 + "思考 é", "\n\n$$<b>"):
-        shown = list(tokens.token_texts(tokenizer(text)["input_ids"], tokenizer))
-        assert "".join(shown).replace("▯", "") == text and "\ufffd" not in "".join(shown)
-        assert len(shown) == len(text.encode())
+    shown = list(tokens.token_texts(tokenizer(text)["input_ids"], tokenizer))
+    joined = "".join(shown)
+    assert joined.replace("▯", "") == text
+    assert "\ufffd" not in joined
+    assert len(shown) == len(text.encode())
 
 
-def test_colours_have_a_sign_and_a_strength():
+def test_shade_is_white_at_0_orange_above_and_blue_below():
     assert tokens.shade(0) == "#ffffff"
-    red, blue = int(tokens.shade(1)[1:3], 16), int(tokens.shade(1)[5:7], 16)
-    assert red > blue and int(tokens.shade(-1)[5:7], 16) > int(tokens.shade(-1)[1:3], 16)
+    orange = tokens.shade(1)
+    blue = tokens.shade(-1)
+    assert int(orange[1:3], 16) > int(orange[5:7], 16)
+    assert int(blue[1:3], 16) < int(blue[5:7], 16)
 
 
-def test_a_run_keeps_F_and_f_of_its_last_update(trained):
-    kept = list(tokens.last_update_of(trained))
-    assert len(kept) == 3 and all(r.problem.prompt_ids for r in kept), "--log_samples of them"
-    for r in kept:
-        F, f = r.measures["F"], r.measures["f"]
+def test_scale_leaves_negligible_values_white():
+    """Otherwise an F of rounding errors would be coloured like one that moves f."""
+    scale = tokens.Scale([{"F": [1e-6, -5e-6, 0.0]}], "F")
+    assert max(abs(scale.place(value)) for value in (1e-6, -5e-6, 0.0)) < 0.01
+    scale = tokens.Scale([{"F": [0.5, -0.25]}], "F")
+    assert [scale.place(0.5), scale.place(-0.25)] == [1.0, -0.5]
+    assert scale.ends == {"-0.25": -0.5, "0": 0.0, "0.5": 1.0}
+
+
+def test_white_space_is_made_visible():
+    shown = [tokens.visible(token) for token in ("  ", " a", "\n\n", "\t", "")]
+    assert shown == ["··", " a", "⏎\n⏎\n", "⇥", ""]
+
+
+def test_long_responses_are_cut_in_the_map(reader):
+    n = tokens.MAX_TOKENS + 5
+    measures = {"delta_logp": torch.zeros(n)}
+    r = Response(fipo.Problem("", "", [40]), array("i", [66] * n), measures=measures)
+    written = {"base": [r], "trained": [r]}
+    rows, _ = tokens.choose_for_map(written, [], AutoTokenizer.from_pretrained(reader))
+    for row in rows:
+        assert f"first {tokens.MAX_TOKENS} of {n}" in row["caption"]
+        for name in ("tokens", "delta_logp", "F", "f"):
+            assert len(row[name]) == tokens.MAX_TOKENS
+
+
+def test_picture_shows_part_of_a_long_response_without_warnings(tmp_path):
+    """Its text includes what matplotlib would read as mathematics, and a glyph its font lacks."""
+    row = {"caption": "right", "prompt": "$x^"}
+    row["tokens"] = ["$$", "word ", "\\frac", "思", "\n"] * 60
+    for view in tokens.VIEWS:
+        row[view] = [1.0, 0.5, 1.1, 1.0, 1.0] * 60
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens.draw_token_map(row, tmp_path / "map.png")
+    height, width, _ = matplotlib.image.imread(tmp_path / "map.png").shape
+    assert 500 < width < 2000
+    assert 500 < height < 2000
+
+
+# ------------------------------------------------------------------------------------- F and f
+def test_last_update_is_logged_with_F_and_f(trained):
+    responses = tokens.last_update_of(trained)
+    assert len(responses) == 3, "--log_samples is 3"
+    for r in responses:
+        F = r.measures["F"]
+        f = r.measures["f"]
+        assert r.problem.prompt_ids
         assert len(F) == len(f) == len(r.response_ids)
         torch.testing.assert_close(f, F.exp().clamp(1.0, 1.2))
-        assert F.abs().max() > 1e-4, "the second update of a batch: the policy has moved"
+        assert F.abs().max() > 1e-4, "the policy has moved before the second update of a batch"
 
 
-def test_F_and_f_of_the_last_update_are_those_of_the_loss(tmp_path):
-    """From stored log-probs: Δ, the M filter, the discounted sum over what follows, the clipped weight."""
+def test_F_and_f_of_the_last_update_match_the_definition(tmp_path):
+    """Compute M, F and f from the stored log-probs of a response."""
     torch.manual_seed(0)
     old = -torch.rand(12)
     delta = torch.randn(12) * 0.3
-    delta[5], delta[8], delta[10] = 3.0, 1.5, -30.0  # run away, r = 20 > 10; r = 4.5 > 3, the safety threshold; Δ < −20
-    unseen = {"step": 7, "kind": "train", "correct": False}  # another rank trained on it
-    row = unseen | {"prompt_ids": [1], "response_ids": list(range(12)), "advantage": -1.0, "old_logp": old.tolist(),
-                    "logp": (old + delta).tolist()}  # fmt: skip
-    rows = [row, row | {"step": 8}, row | {"kind": "eval"}, unseen, row | {"correct": True, "advantage": 0.5}]
-    write_jsonl(tmp_path / "samples.jsonl", rows)
+    delta[5] = 3.0  # ratio 20, above the dual-clip ratio 10
+    delta[8] = 1.5  # ratio 4.5, above the safety threshold 3
+    delta[10] = -30.0  # clamped to −20
+    other_rank = {"step": 7, "kind": "train", "correct": False}
+    row = other_rank | {
+        "prompt_ids": [1],
+        "response_ids": list(range(12)),
+        "advantage": -1.0,
+        "old_logp": old.tolist(),
+        "logp": (old + delta).tolist(),
+    }
+    next_step = row | {"step": 8}
+    evaluation = row | {"kind": "eval"}
+    right = row | {"correct": True, "advantage": 0.5}
+    write_jsonl(tmp_path / "samples.jsonl", [row, next_step, evaluation, other_rank, right])
     settings = {"tau": 4.0, "weight_range": [0.8, 1.2], "safety": 3.0, "dual_clip": 10.0}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     checkpoint = tmp_path / "checkpoints" / "step_000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"step": 7}')
-    worse, better = list(tokens.last_update_of(str(checkpoint)))
-    assert not worse.correct and better.correct
-    moved = [max(d, -20.0) if math.exp(d) <= 10 else 0.0 for d in delta.tolist()]
-    F = [sum(2 ** (-(k - t) / 4) * moved[k] for k in range(t, 12)) for t in range(12)]
+    worse, better = tokens.last_update_of(str(checkpoint))
+    assert not worse.correct
+    assert better.correct
+
+    kept = []
+    for d in delta.tolist():
+        kept.append(max(d, -20.0) if math.exp(d) <= 10 else 0.0)
+    F = []
+    for t in range(12):
+        F.append(sum(2 ** (-(k - t) / 4) * kept[k] for k in range(t, 12)))
     f = [min(max(math.exp(x), 0.8), 1.2) for x in F]
+    safe_f = [min(x, 1.0) if d > math.log(3) else x for x, d in zip(f, delta.tolist())]
     for r in (worse, better):
         assert r.measures["F"].tolist() == pytest.approx(F, abs=1e-5)
     assert better.measures["f"].tolist() == pytest.approx(f, abs=1e-5)
-    f = [min(w, 1.0) if d > math.log(3) else w for w, d in zip(f, delta.tolist())]
-    assert worse.measures["f"].tolist() == pytest.approx(f, abs=1e-5)
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"dual_clip": "Infinity"}))  # of GRPO
-    assert len(list(tokens.last_update_of(str(checkpoint)))) == 2
+    assert worse.measures["f"].tolist() == pytest.approx(safe_f, abs=1e-5)
+
+    of_grpo = settings | {"dual_clip": "Infinity"}
+    (tmp_path / "config.json").write_text(json.dumps(of_grpo))
+    assert len(tokens.last_update_of(str(checkpoint))) == 2
 
 
-def test_the_weights_shown_are_those_the_loss_uses():
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_F_and_f_match_the_metrics_of_the_loss(sign):
     torch.manual_seed(1)
-    for sign in (1.0, -1.0):
-        r, delta, mask = Response(fipo.Problem("", "")), 2 * torch.randn(1, 300), torch.ones(1, 300).bool()
-        how = dict(tau=5.0, weight_range=(0.5, 1.5), safety=3.0, dual_clip=10.0)
-        _, metrics = fipo.fipo_loss(delta, torch.zeros(1, 300), torch.tensor([sign]), mask, **how)
-        tokens.add_weights(r, delta[0], sign, **how)
-        assert metrics["future_kl_mean"] == pytest.approx(r.measures["F"].mean().item(), rel=1e-5)
-        for name in ("mean", "min", "max"):
-            assert metrics[f"influence_{name}"] == pytest.approx(getattr(r.measures["f"], name)().item(), rel=1e-5)
+    delta = 2 * torch.randn(1, 300)
+    old = torch.zeros(1, 300)
+    mask = torch.ones(1, 300).bool()
+    settings = dict(tau=5.0, weight_range=(0.5, 1.5), safety=3.0, dual_clip=10.0)
+    _, metrics = fipo.fipo_loss(delta, old, torch.tensor([sign]), mask, **settings)
+    r = Response(fipo.Problem("", ""))
+    tokens.add_weights(r, delta[0], sign, **settings)
+    F = r.measures["F"]
+    f = r.measures["f"]
+    assert metrics["future_kl_mean"] == pytest.approx(F.mean().item(), rel=1e-5)
+    assert metrics["influence_mean"] == pytest.approx(f.mean().item(), rel=1e-5)
+    assert metrics["influence_min"] == pytest.approx(f.min().item(), rel=1e-5)
+    assert metrics["influence_max"] == pytest.approx(f.max().item(), rel=1e-5)
 
 
-def test_a_checkpoint_has_the_last_update_of_its_own_step(trained, base, tmp_path):
-    """An older checkpoint has its own; another model, or a step of which nothing was logged, has none."""
+def test_last_update_belongs_to_the_step_of_the_checkpoint(trained, base, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(fipo.Path(trained).parents[1], run)
-    newest, rows = run / "checkpoints" / "step_000002", read_jsonl(run / "samples.jsonl")
+    shutil.copytree(Path(trained).parents[1], run)
+    checkpoint = run / "checkpoints" / "step_000002"
+    rows = read_jsonl(run / "samples.jsonl")
     for step in (1, 2):
-        (newest / "state.json").write_text(json.dumps({"step": step}))
-        of_step = [row["response_ids"] for row in rows if (row["kind"], row["step"]) == ("train", step)]
-        assert ids(list(tokens.last_update_of(str(newest)))) == of_step and len(of_step) == 3
-    assert not list(tokens.last_update_of(base))
+        (checkpoint / "state.json").write_text(json.dumps({"step": step}))
+        expected = []
+        for row in rows:
+            if row["kind"] == "train" and row["step"] == step:
+                expected.append(row["response_ids"])
+        assert len(expected) == 3
+        assert ids(tokens.last_update_of(str(checkpoint))) == expected
+    assert not tokens.last_update_of(base), "it is not the checkpoint of a run"
     write_jsonl(run / "samples.jsonl", [row for row in rows if row["step"] != 2])
-    assert not list(tokens.last_update_of(str(newest)))
+    assert not tokens.last_update_of(str(checkpoint)), "nothing was logged of its step"
     (run / "samples.jsonl").write_text("{")
     with pytest.raises(fipo.FipoError, match="reading .*samples.jsonl"):
-        list(tokens.last_update_of(str(newest)))
+        tokens.last_update_of(str(checkpoint))
 
 
-# ------------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------ the command
+def test_command_writes_numbers_pictures_and_a_map(study, metrics):
+    files = {path.name: path for path in Path(study.out).iterdir()}
+    assert set(files) == {
+        "metrics.json",
+        "histograms.png",
+        "replacement.png",
+        "token_map.html",
+        "token_map.png",
+    }
+    assert all(path.stat().st_size > 5000 for path in files.values())
+    assert set(metrics["base"]["share_below"]) == set(tokens.MEASURES)
+    assert len(metrics["base"]["largest_delta_logp"]) == 20
+    start = metrics["base"]["accuracy"]
+    end = metrics["trained"]["accuracy"]
+    for criterion, needed in metrics["fraction_needed"].items():
+        points = tokens.curve(metrics["replacement"], "base", criterion, start)
+        expected = tokens.fraction_needed(points, end)
+        assert needed == (list(expected) if expected else None)
+    assert "last update" in files["token_map.html"].read_text()
 
 
-def test_the_command_writes_numbers_pictures_and_a_map(cfg, pair, tmp_path, capsys):
-    out = tmp_path / "study"
-    tokens.main(flags(dataclasses.replace(cfg, out=str(out), problems=3)))
-    assert {p.name for p in out.iterdir()} == {
-        "metrics.json", "histograms.png", "replacement.png", "token_map.html", "token_map.png"}  # fmt: skip
-    assert all(p.stat().st_size > 5000 for p in out.iterdir())
-    found = json.loads((out / "metrics.json").read_text())
-    assert set(found["base"]["share_below"]) == set(tokens.MEASURES) and len(found["base"]["largest_delta_logp"]) == 20
-    curves = {(row["writer"], row["criterion"]) for row in found["replacement"]}
-    assert len(curves) == 9
-    for who in ("base", "trained"):
-        problems = fipo.encode_problems(cfg.data, pair[who], cfg)[:3]
-        own = tokens.write(fipo.HFSampler(pair[who]), who, problems, cfg)
-        assert found[who]["accuracy"] == sum(r.correct for r in own) / 6
-    start, end = found["base"]["accuracy"], found["trained"]["accuracy"]
-    for criterion, needed in found["fraction_needed"].items():
-        direct = tokens.fraction_needed(tokens.curve(found["replacement"], "base", criterion, start), end)
-        assert needed == (list(direct) if direct else None)
-    assert all(len(row["fraction"]) == len(row["accuracy"]) == 2 for row in found["replacement"])
-    assert "last update" in (out / "token_map.html").read_text()
-    printed = capsys.readouterr().out
-    assert "written by the base model: accuracy" in printed and str(out) in printed
+def test_help_runs_from_any_folder_and_lists_the_settings(monkeypatch, capsys):
+    """Run the script as a program that has to find fipo.py by itself."""
+    script = str(ROOT / "scripts" / "tokens.py")
+    own_folders = {str(ROOT), str(ROOT / "scripts"), ""}
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in own_folders])
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.delitem(sys.modules, "fipo")
+    monkeypatch.chdir("/")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script, run_name="__main__")
+    assert not stop.value.code
+    shown = capsys.readouterr().out
+    for field in fields(TokensConfig):
+        assert f"--{field.name}" in shown
+    assert "Δlog p" in shown
 
 
-def test_the_command_has_its_help():
-    """As a file of its own, from anywhere: the settings, and what it does."""
-    words = [sys.executable, str(ROOT / "scripts" / "tokens.py"), "--help"]
-    shown = subprocess.run(words, capture_output=True, text=True, cwd="/", check=True).stdout
-    assert all(f"--{field.name}" in shown for field in dataclasses.fields(TokensConfig)) and "Δlog p" in shown
-
-
-def test_a_picture_of_any_response(tmp_path):
-    """Longer than the picture, with what matplotlib would take for mathematics, and what its font has not."""
-    long = {"caption": "right", "prompt": "$x^", "tokens": ["$$", "word ", "\\frac", "思", "\n"] * 60}
-    for view in tokens.VIEWS:
-        long[view] = [1.0, 0.5, 1.1, 1.0, 1.0] * 60
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokens.draw_token_map(long, tmp_path / "map.png")
-    width, height = matplotlib.image.imread(tmp_path / "map.png").shape[1::-1]
-    assert 500 < width < 2000 and 500 < height < 2000
-
-
-def test_white_space_is_seen():
-    shown = [tokens.visible(token) for token in ("  ", " a", "\n\n", "\t", "")]
-    assert shown == ["··", " a", "⏎\n⏎\n", "⇥", ""]
-
-
-def test_a_response_beyond_what_a_browser_likes_is_cut(reader):
-    n = tokens.MOST + 5
-    r = Response(fipo.Problem("", "", [40]), array("i", [66] * n), measures={"delta_logp": torch.zeros(n)})
-    written = {"base": [r], "trained": [r]}
-    rows, _ = tokens.choose_for_map(written, [], AutoTokenizer.from_pretrained(reader))
-    for row in rows:
-        assert f"first {tokens.MOST} of {n}" in row["caption"]
-        assert len(row["tokens"]) == tokens.MOST == len(row["delta_logp"]) == len(row["F"]) == len(row["f"])
-
-
-def test_any_pair_of_folders_will_do(cfg, trained, tmp_path):
-    """Without a kept update, F and f take the base for π_old, and the map says so."""
+def test_models_without_a_run_are_compared_without_its_last_update(cfg, trained, tmp_path, capsys):
+    """F and f then take the base model for π_old, and the map says so."""
     plain = tmp_path / "plain"
     shutil.copytree(trained, plain, ignore=shutil.ignore_patterns("state.json"))
-    tokens.main(flags(dataclasses.replace(cfg, trained=str(plain), out=str(tmp_path / "o"), problems=2,
-                                          replacement=False)))  # fmt: skip
-    assert "No update is kept" in (tmp_path / "o" / "token_map.html").read_text()
-    found = json.loads((tmp_path / "o" / "metrics.json").read_text())
-    assert all({"delta_logp", "F", "f"} <= set(row) for row in found["token_map"]) and "replacement" not in found
+    out = tmp_path / "out"
+    cfg = replace(cfg, trained=str(plain), out=str(out), problems=2, replacement=False)
+    tokens.main(flags(cfg))
+    assert "The run logged no update" in (out / "token_map.html").read_text()
+    metrics = json.loads((out / "metrics.json").read_text())
+    for row in metrics["token_map"]:
+        assert {"delta_logp", "F", "f"} <= set(row)
+    assert "replacement" not in metrics
+    printed = capsys.readouterr().out
+    assert "written by the base model: accuracy" in printed
+    assert str(out) in printed
 
 
-def test_one_model_is_in_memory_at_a_time(cfg, tmp_path, monkeypatch):
+def test_only_one_model_is_in_memory_at_a_time(cfg, tmp_path, monkeypatch):
     layers = weakref.WeakSet()
 
     class Counted(fipo.Policy):
         def __init__(self, *args):
             gc.collect()
-            assert not layers, "weights of the other model are still held"
+            assert not layers, "the weights of the other model are still in memory"
             super().__init__(*args)
             layers.add(self.model.base_model.layers[0])
 
     monkeypatch.setattr(fipo, "Policy", Counted)
-    tokens.run_tokens(dataclasses.replace(cfg, out=str(tmp_path / "o"), problems=2, replacement=False))
+    cfg = replace(cfg, out=str(tmp_path / "out"), problems=2, replacement=False)
+    tokens.run_tokens(cfg)
 
 
-def test_prompts_and_eos_are_the_trained_models_for_both(cfg, trained, tmp_path, monkeypatch):
-    """An EOS and a chat template that only the trained model has: base responses follow them, and never stays never."""
+def test_both_models_use_the_prompts_and_eos_of_the_trained_one(
+    cfg, trained, tmp_path, monkeypatch
+):
+    """Give only the trained model another chat template, and the comma as an EOS token."""
     other = tmp_path / "other"
     shutil.copytree(trained, other)
     config = json.loads((other / "generation_config.json").read_text())
     comma = AutoTokenizer.from_pretrained(trained)(",")["input_ids"]
-    (other / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [0, *comma]}))
+    config["eos_token_id"] = [0, *comma]
+    (other / "generation_config.json").write_text(json.dumps(config))
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}1+1=")
-    cfg = dataclasses.replace(cfg, trained=str(other), out=str(tmp_path / "o"), problems=4, max_prompt=24)
-    tokens.run_tokens(cfg)
-    found = json.loads((tmp_path / "o" / "metrics.json").read_text())
-    assert all(row["prompt"].endswith("1+1=") for row in found["token_map"] if row["caption"].startswith("written"))
-    assert not any("," in "".join(row["tokens"][:-1]) for row in found["token_map"] if "written" in row["caption"])
-    first = next(row for row in found["replacement"] if (row["writer"], row["criterion"]) == ("base", "delta_logp"))
-    assert sum(first["fraction"]) / cfg.seeds < 0.2
+    alone = {}
+    never_replaced = {}
+    all_rules = tokens.rules
+
+    def few_rules(written):
+        """Return the first rule of Δlog p, and a rule for each writer that never fires."""
+        alone.update(written)
+        rules = [rule for rule in all_rules(written) if rule[:2] == ("base", "delta_logp")]
+        never = [(writer, "delta_logp", math.inf) for writer in written]
+        return [rules[0], *never]
 
     class Recorded(ReplacingSampler):
         def generate(self, *args):
             groups = super().generate(*args)
-            texts[self.writer] = [r for seed in zip(*groups) for r in seed]
+            if self.threshold == math.inf:
+                by_seed = itertools.chain(*zip(*groups))
+                never_replaced[self.writer] = list(by_seed)
             return groups
 
-    def replace_tokens(problems, written, cfg):
-        alone.update(written)
-        return replace(problems, written, cfg)
-
-    texts, alone, replace = {}, {}, tokens.replace_tokens
-    never = [(writer, "delta_logp", math.inf) for writer in ("base", "trained")]
-    monkeypatch.setattr(tokens, "rules", lambda written: never)
+    monkeypatch.setattr(tokens, "rules", few_rules)
     monkeypatch.setattr(tokens, "ReplacingSampler", Recorded)
-    monkeypatch.setattr(tokens, "replace_tokens", replace_tokens)
+    out = tmp_path / "out"
+    cfg = replace(cfg, trained=str(other), out=str(out), problems=4, max_prompt=24)
     tokens.run_tokens(cfg)
-    assert all(ids(texts[writer]) == ids(alone[writer]) for writer in ("base", "trained"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    written = [row for row in metrics["token_map"] if row["caption"].startswith("written")]
+    assert written
+    for row in written:
+        assert row["prompt"].endswith("1+1=")
+        assert "," not in "".join(row["tokens"][:-1])
+    first = metrics["replacement"][0]
+    assert sum(first["fraction"]) / cfg.seeds < 0.2
+    for writer in ("base", "trained"):
+        assert ids(never_replaced[writer]) == ids(alone[writer])
 
 
-def fails(given: list[str], capsys, match: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        tokens.main(given)
-    assert re.search(match, str(stop.value.code)), stop.value.code
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("base", "", "--base is missing"),
+        ("trained", "", "--trained is missing"),
+        ("out", "", "--out is missing"),
+        ("base", "no/where", "tokenizer of 'no/where'"),
+        ("seeds", 0, "--seeds is 0"),
+        ("extrapolate", -1.0, "--extrapolate is -1"),
+    ],
+)
+def test_wrong_settings_are_reported_in_one_sentence(cfg, tmp_path, setting, value, message):
+    cfg = replace(cfg, out=str(tmp_path / "out"))
+    assert_rejected(replace(cfg, **{setting: value}), message)
 
 
-def test_mistakes_are_told_in_a_sentence(cfg, reader, tmp_path, capsys):
-    cfg = dataclasses.replace(cfg, out=str(tmp_path / "o"))
-    fails(flags(dataclasses.replace(cfg, trained=reader)), capsys, "different tokenizers")
+def test_an_empty_file_of_problems_is_reported(cfg, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    fails(flags(dataclasses.replace(cfg, data=str(empty))), capsys, "is empty")
-    fails(flags(dataclasses.replace(cfg, base="")), capsys, "--base is missing")
-    fails(flags(dataclasses.replace(cfg, trained="")), capsys, "--trained is missing")
-    fails(flags(dataclasses.replace(cfg, out="")), capsys, "--out is missing")
-    fails(flags(dataclasses.replace(cfg, base="no/where")), capsys, "tokenizer of 'no/where'")
-    fails(flags(dataclasses.replace(cfg, seeds=0)), capsys, "--seeds is 0")
-    fails(flags(dataclasses.replace(cfg, extrapolate=-1.0)), capsys, "--extrapolate is -1")
+    cfg = replace(cfg, out=str(tmp_path / "out"), data=str(empty))
+    assert_rejected(cfg, "is empty")
 
 
-def test_heads_that_differ_are_told(cfg, base, tmp_path, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(base, other)
+def test_several_processes_are_rejected(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_rejected(replace(cfg, out=str(tmp_path / "out")), "runs in one process")
+
+
+def test_models_with_different_tokenizers_are_rejected(cfg, reader, tmp_path):
+    cfg = replace(cfg, out=str(tmp_path / "out"), trained=reader)
+    assert_rejected(cfg, "different tokenizers")
+
+
+def test_models_with_heads_of_different_size_are_rejected(cfg, base, tmp_path):
+    larger = tmp_path / "larger"
+    shutil.copytree(base, larger)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(model.config.vocab_size + 8)
-    model.save_pretrained(other)
-    fails(flags(dataclasses.replace(cfg, trained=str(other), out=str(tmp_path / "o"))), capsys, "different tokenizers")
+    model.save_pretrained(larger)
+    cfg = replace(cfg, out=str(tmp_path / "out"), trained=str(larger))
+    assert_rejected(cfg, "different tokenizers")
 
 
-def test_what_is_next_to_nothing_has_no_colour():
-    """Else an F of rounding alone would glow like one that moves f."""
-    (places,), _ = tokens.shades([{"F": [1e-6, -5e-6, 0.0]}], "F")
-    assert max(map(abs, places)) < 0.01
-    (places,), ends = tokens.shades([{"F": [0.5, -0.25]}], "F")
-    assert places == [1.0, -0.5] and ends == {"-0.25": -0.5, "0": 0.0, "0.5": 1.0}
+def assert_rejected(cfg: TokensConfig, message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        tokens.main(flags(cfg))
+    assert message in str(stop.value.code)

@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 settings, result = json.loads(Path(argv[0]).read_text()), Path(argv[1])
 cfg = fipo.resolve(fipo.Config(**settings["config"]))
-with fipo.one_clear_sentence(), fipo.joined_ranks(cfg.deepspeed):
+with fipo.report_errors(), fipo.joined_ranks(cfg.deepspeed):
     policy = (fipo.DeepSpeedPolicy if cfg.deepspeed else fipo.Policy)(cfg.model, cfg)
     groups = [
         [
