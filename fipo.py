@@ -7,7 +7,9 @@ influence weight f = clip(exp(F)). F_t is the discounted sum of how far the poli
 Why exp(F)? With the ratios ρ_t = π_θ / π_old, a whole response satisfies the identity
     Π_k ρ_k − 1 = Σ_t (ρ_t − 1) · Π_{k>t} ρ_k.
 The exact off-policy objective therefore weights token t by the ratio of everything after it. PPO
-replaces this factor by 1; exp(F_t) = Π_{k≥t} ρ_k^(γ^(k−t)) is the factor, damped by γ.
+replaces this factor by 1. exp(F_t) = Π_{k≥t} ρ_k^(γ^(k−t)) is this factor, damped by γ and with
+token t itself included. F is a signed sum of log-ratios and not a KL divergence; the name is the
+paper's.
 
 The sections follow the data:
   1. Problems    a prompt and the answer that a rule can check          load_problems
@@ -121,7 +123,7 @@ class EvalConfig(SharedConfig):
     tensor_parallel: int = setting(1, "processes that share one vLLM engine", least=1)
     vllm_memory: float = setting(0.5, "share of the GPU memory for vLLM", least=1e-3)
     eval_samples: int = setting(32, "responses per evaluation problem, n", least=1)
-    eval_k: int = setting(0, "k of pass@k, unbiased for k < n (0: k = n)")
+    eval_k: int = setting(0, "k of pass@k, at most n (0: n)")
     eval_temperature: float = setting(1.0, "sampling temperature of evaluation", least=1e-3)
     eval_top_p: float = setting(0.7, "nucleus (top-p) of evaluation", least=1e-3)
 
@@ -157,7 +159,9 @@ class Config(EvalConfig):
     )
     tau: float = setting(32.0, "half-life of the Future-KL in tokens, τ", least=1e-3)
     weight_range: list[float] | None = setting(None, "bounds lo hi of the influence weight f")
-    safety: float = setting(10.0, "where A < 0 and the ratio exceeds this, f is kept in [0.8, 1]")
+    safety: float = setting(
+        10.0, "where A < 0 and the ratio exceeds this, f is clamped to [0.8, 1]"
+    )
     clip_low: float = setting(0.2, "lower clip of the ratio, 1 − clip_low")
     clip_high: float | None = setting(None, "upper clip of the ratio, 1 + clip_high")
     dual_clip: float | None = setting(
@@ -213,7 +217,7 @@ class FipoError(Exception):
 
 
 class NoSignal(FipoError):
-    """The sampled groups are all right or all wrong, so there is nothing to learn from."""
+    """The rewards within each sampled group are equal, so there is nothing to learn from."""
 
 
 class Interrupted(Exception):
@@ -240,9 +244,7 @@ def user_error(action: str) -> Iterator[None]:
 
 
 CPU = torch.device("cpu")
-HOST_GROUP: dict[
-    str, Any
-] = {}  # "gloo": the process group of the hosts, once several ranks have joined
+GLOO: dict[str, Any] = {}  # "hosts": the group in which all_gather works, set by joined_ranks
 
 
 def world() -> int:
@@ -259,7 +261,7 @@ def all_gather(value: Any) -> list[Any]:
     """Return the values of all ranks, on every rank. Objects travel between hosts, not GPUs."""
     values = [value] * world()
     if world() > 1:
-        distributed.all_gather_object(values, value, group=HOST_GROUP["gloo"])
+        distributed.all_gather_object(values, value, group=GLOO["hosts"])
     return values
 
 
@@ -279,9 +281,10 @@ def say(text: str) -> None:
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
-    """A progress bar on rank 0. Without a terminal it prints once a minute."""
-    interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(*args, leave=False, disable=rank() > 0, mininterval=interval, **options)
+    """A progress bar on rank 0. Without a terminal, it prints once a minute."""
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    options |= {"leave": False, "disable": rank() > 0, "mininterval": seconds, "delay": seconds}
+    return tqdm(*args, **options)
 
 
 def derive_seed(*purpose: Any) -> int:
@@ -291,6 +294,9 @@ def derive_seed(*purpose: Any) -> int:
 
 def flatten(groups: Iterable[Iterable[Any]]) -> list[Any]:
     return [item for group in groups for item in group]
+
+
+Metrics = dict[str, float]
 
 
 # ------------------------------------------------------------------------------------- 1. Problems
@@ -339,7 +345,7 @@ def load_problems(source: str) -> list[Problem]:
 def read_rows(source: str) -> Iterator[Any]:
     """Yield the rows of a local file or of a dataset on the hub.
 
-    Local files are not read through `datasets`, which would cache them by name and time.
+    Local files are not read with `datasets`, whose cache may hold an older content of the file.
     """
     suffix = Path(source).suffix.lower()
     if suffix in (".json", ".jsonl"):
@@ -366,11 +372,12 @@ def read_json(source: str) -> list[Any]:
     content = Path(source).read_bytes()
     try:
         value = json.loads(content)
-        return value if isinstance(value, list) else [value]
     except ValueError as error:
         has_lines = source.lower().endswith(".jsonl") or "Extra data" in str(error)
         if not has_lines:
             raise
+    else:
+        return value if isinstance(value, list) else [value]
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -412,7 +419,8 @@ def read_problem(row: Any, where: str) -> Problem:
     )
     for name, value in row.items():
         is_media = re.search(r"(?i)(^|_)(img|image|video|audio|pixel|multi_modal)", name)
-        has_content = re.search(r"[\w/]", re.sub("None|bytes|path", "", str(value or "")))
+        # Empty values, such as [] or {"bytes": None, "path": None}, are accepted.
+        has_content = re.search(r"\w", re.sub("None|bytes|path", "", str(value or "")))
         require(
             not (is_media and has_content),
             f"{where} has {name}: only problems in plain text can be used. Remove the row.",
@@ -422,7 +430,7 @@ def read_problem(row: Any, where: str) -> Problem:
 
 
 def decode_json(value: Any) -> Any:
-    """Decode a list or an object that is stored as JSON text. Return other values unchanged."""
+    """Decode JSON text such as '["17"]' or '{"style": "rule"}'. Return other values unchanged."""
     if isinstance(value, str) and re.match(r'\s*[\[{]\s*["{]', value):
         with contextlib.suppress(ValueError):
             return json.loads(value)
@@ -463,13 +471,13 @@ def read_answer(value: Any, column: str, where: str) -> str:
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, (float, numpy.floating)):
-        limit = 2 ** (numpy.finfo(type(value)).nmant + 1)  # not every larger integer is a float
+        is_finite = math.isfinite(value)
+        has_all_integers = abs(value) < 2 ** (numpy.finfo(type(value)).nmant + 1)
         require(
-            not limit <= abs(value) < math.inf,
+            has_all_integers or not is_finite,
             f"{where} has the {column} {value}, a float so large that it may have been rounded: "
             "write it as text or as an integer.",
         )
-        is_finite = math.isfinite(value)
         # + 0.0 turns −0.0 into 0.
         value = numpy.format_float_positional(value + 0.0, trim="-") if is_finite else ""
     elif isinstance(value, decimal.Decimal):
@@ -505,9 +513,9 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
             continue_final_message=is_continued,
         )
         content = messages[-1]["content"]
-        is_written = text.endswith(content) if is_continued else content.strip() in text
+        keeps_content = text.endswith(content) if is_continued else content.strip() in text
         require(
-            is_written,
+            keeps_content,
             "the model's chat template does not write the last message as it is: "
             f"{content[:80]!r}.",
         )
@@ -535,8 +543,8 @@ def end_of_turn(tokenizer: Any) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # a template may refuse messages with an error of any type
         return []
-    _, answer, rest = text.rpartition("<ANSWER>")
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if answer else []
+    _, found, rest = text.rpartition("<ANSWER>")
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
     added = tokenizer.added_tokens_decoder
     ends = [token for token in ids if token in added]
     # A special token wins over tokens such as "</think>", which are added but not special.
@@ -587,15 +595,13 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
 
 
 def warn_about_answers(source: str, answers: list[str]) -> None:
-    """Report answers that the dapo verifier will rarely find in a response."""
-    num_long = sum(len(answer) > 100 for answer in answers)
-    num_padded = sum(bool(re.match(r"-?0\d", normalize_answer(answer))) for answer in answers)
-    for count, kind in ((num_long, "have over 100 characters"), (num_padded, "begin with 0")):
-        if count:
-            say(
-                f"{source}: {count} of {len(answers)} answers {kind}, which the dapo verifier "
-                "compares as text: use --verifier math."
-            )
+    """Report answers such as 025, which the dapo verifier does not find equal to 25."""
+    count = sum(bool(re.match(r"-?0\d", normalize_answer(answer))) for answer in answers)
+    if count:
+        say(
+            f"{source}: {count} of {len(answers)} answers begin with 0, which the dapo verifier "
+            "compares as text: use --verifier math."
+        )
 
 
 # ------------------------------------------------------------------------------------- 3. Rollouts
@@ -607,7 +613,9 @@ class Rollout:
     response_ids: array = field(
         default_factory=lambda: array("i")
     )  # ends with EOS, unless it was cut
-    sampler_logp: array = field(default_factory=lambda: array("f"))  # compared, never trained on
+    sampler_logp: array = field(
+        default_factory=lambda: array("f")
+    )  # only checked by score_old_logp
     text: str = ""
     correct: bool = False
     reward: float = 0.0
@@ -615,9 +623,13 @@ class Rollout:
     old_logp: Tensor | None = None  # [T] log π_old, computed by the trainer
     logp: Tensor | None = None  # [T] log π_θ just before the update on this response
 
-    def __len__(self) -> int:
-        """Tokens of prompt and response."""
+    @property
+    def num_tokens(self) -> int:
+        """The length of prompt and response together."""
         return len(self.problem.prompt_ids) + len(self.response_ids)
+
+
+Groups = list[list[Rollout]]  # the responses to each prompt
 
 
 def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -633,10 +645,8 @@ def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tenso
     if top_p < 1:
         sorted_logp, index = logp.sort(descending=True)
         sorted_p = sorted_logp.exp()
-        is_outside = sorted_p.cumsum(-1) - sorted_p >= top_p  # never true for the likeliest token
-        is_outside = is_outside.scatter(
-            -1, index, is_outside
-        )  # back to the order of the vocabulary
+        is_tail = sorted_p.cumsum(-1) - sorted_p >= top_p  # never true for the likeliest token
+        is_outside = is_tail.scatter(-1, index, is_tail)  # in the order of the vocabulary
         logp = logp.masked_fill(is_outside, -math.inf).log_softmax(-1)
     cdf = logp.double().exp().cumsum(-1)  # in float32, u near 1 could fall beyond the last token
     is_finite = cdf[:, -1].isfinite().all()
@@ -645,15 +655,21 @@ def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tenso
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
-class HFSampler:
-    """Samples from the trainer's own model with Hugging Face.
+class Sampler:
+    """The interface of a sampler. Each also has a method `generate`; see HFSampler.generate."""
 
-    This is the interface of a sampler; VLLMSampler is the other implementation.
-      generate  sample n responses to each problem
-      sleep     rollouts are done: free the memory for training
-      sync      wake up and take over the policy's weights
-      ranks     how many ranks share one engine, that is, work on the same responses
-    """
+    policy: Policy
+    ranks = 1  # how many ranks share an engine, that is, generate the same responses
+
+    def sleep(self) -> None:
+        """Free memory for training, because the rollouts are done."""
+
+    def sync(self) -> None:
+        """Wake up, and take over the policy's weights."""
+
+
+class HFSampler(Sampler):
+    """Samples from the trainer's own model with Hugging Face."""
 
     def __init__(self, policy: Policy) -> None:
         require(
@@ -661,7 +677,6 @@ class HFSampler:
             "--sampler hf cannot read a model sharded by ZeRO-3: use --sampler vllm.",
         )
         self.policy = policy
-        self.ranks = 1
         self.model = policy.model
         if policy.bf16 and policy.model.dtype == torch.float32:
             # Decoding from a bfloat16 copy is faster than autocast, which casts at every token.
@@ -677,7 +692,7 @@ class HFSampler:
     def check(self) -> None:
         """Compare a few tokens, sampled with padding and a cache, with a plain forward pass."""
         problems = [Problem("", "", [0]), Problem("", "", [0, 1, 2, 3])]
-        groups = self.generate(problems, [0, 1], n=2, max_tokens=4, temperature=1.0, top_p=1.0)
+        groups = self.generate(problems, [0, 1], 2, 4, 1.0, 1.0)
         errors = []
         for r in flatten(groups):
             ids = torch.tensor(
@@ -692,9 +707,6 @@ class HFSampler:
             f"without (by {fmean(errors):.2g} a token), so --sampler hf cannot sample from it.",
         )
 
-    def sleep(self) -> None:
-        pass
-
     def sync(self) -> None:
         if self.model is not self.policy.model:
             self.model.load_state_dict(self.policy.model.state_dict())
@@ -708,7 +720,7 @@ class HFSampler:
         max_tokens: int,
         temperature: float,
         top_p: float,
-    ) -> list[list[Rollout]]:
+    ) -> Groups:
         """Sample n responses of at most max_tokens tokens to each of P problems: P groups of n."""
         model = self.model.eval()
         device = self.policy.device
@@ -739,7 +751,7 @@ class HFSampler:
             logits = output.logits[:, -1].float() / temperature
             if step == 0:  # a prompt is read once per group, not once per response
                 copies = torch.arange(len(problems), device=device).repeat_interleave(n)
-                cache.reorder_cache(copies)
+                cache.reorder_cache(copies)  # repeats each row n times
                 logits = logits[copies]
                 mask = mask[copies]
 
@@ -757,17 +769,19 @@ class HFSampler:
                 row = row[is_alive]
                 token = token[is_alive]
                 mask = mask[is_alive]
-                cache.reorder_cache(is_alive.nonzero()[:, 0])
+                cache.reorder_cache(is_alive.nonzero()[:, 0])  # keeps the rows that are alive
             mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
             ids = token[:, None]
             positions = mask.sum(1, keepdim=True) - 1
-            if world() == 1:  # several ranks stop together, at the end of their chunk
+            # After Ctrl-C, raise Interrupted. Several ranks have to ask together: they do so in
+            # `sample`, at the end of a chunk of problems.
+            if world() == 1:
                 stop_if_signalled()
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
 
 def sample(
-    sampler: HFSampler | VLLMSampler,
+    sampler: Sampler,
     problems: list[Problem],
     purpose: tuple,
     cfg: SharedConfig,
@@ -786,8 +800,8 @@ def sample(
     with progress(total=len(problems), desc="rollout", unit="prompt") as bar:
         for start in range(0, len(problems), chunk_size):
             chunk = range(len(problems))[start : start + chunk_size]
-            # Engine e samples the problems e, e + engines, e + 2·engines, … of the chunk.
-            own = chunk[engine::engines]
+            per_engine = math.ceil(len(chunk) / engines)
+            own = chunk[engine * per_engine : (engine + 1) * per_engine]
             groups = []
             if own:
                 seeds = [derive_seed(*purpose, i) for i in own]
@@ -797,10 +811,9 @@ def sample(
                 )
             grade(flatten(groups), sampler.policy, cfg.verifier)
             stop_if_signalled()
+            # The ranks of an engine have the same groups: its first rank sends them.
             is_first_of_engine = rank() % sampler.ranks == 0
-            of_engine = all_gather(groups if is_first_of_engine else None)[:: sampler.ranks]
-            for j in range(len(chunk)):
-                yield of_engine[j % engines][j // engines]
+            yield from flatten(all_gather(groups if is_first_of_engine else []))
             bar.update(len(chunk))
 
 
@@ -815,8 +828,8 @@ def grade(rollouts: list[Rollout], policy: Policy, verifier: str) -> None:
 
 
 # -------------------------------------------------------------------------------------- 4. Rewards
-# The Minerva normalization in the order and the variant (no "ft", no "%") that DAPO and FIPO used.
-# "childrentickets" is a missing comma in the release; it is kept, so that verdicts agree.
+# The Minerva normalization, in the variant that DAPO and FIPO used: "ft" and "%" are not removed.
+# Order matters. "childrentickets" is sic.
 REPLACED = {
     "an ": "", "a ": "", ".$": "$", "\\$": "", "\\ ": "", " ": "", "mbox": "text",
     ",\\text{and}": ",", "\\text{and}": ",", "\\text{m}": "\\text{}",
@@ -865,14 +878,15 @@ def verify(response: str, ground_truth: str) -> bool:
     return extract_answer(response) == normalize_answer(ground_truth)
 
 
+BOLD = r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])|`"  # ** and ` of markdown
 # What models write after "Answer:" as plain text or markdown, in the LaTeX that math-verify reads.
 TO_LATEX = [
-    (r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])|`", ""),  # bold text
-    (r"(?<=\d)(\\[,;:! ]|[ ~\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),  # 10 000
-    (r"[–−]|\b(minus|negative)\s+(?=\d)", "-"),
-    (r"\*\*(-?\w+)", r"^{\1}"),
-    (r"\\?\$|[€£~]|(?<!\\)\\[()\[\]]", " "),
-    (r"(?:√|\\?sqrt)\s*\(([^()]*)\)|√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1\2}"),
+    (BOLD, ""),
+    (r"(?<=\d)(\\[,;:! ]|[ ~\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),  # 10 000 -> 10000
+    (r"[–−]|\b(minus|negative)\s+(?=\d)", "-"),  # minus 5 -> -5
+    (r"\*\*(-?\w+)", r"^{\1}"),  # x**2 -> x^{2}
+    (r"\\?\$|[€£~]|(?<!\\)\\[()\[\]]", " "),  # $5$, \(5\) -> 5
+    (r"(?:√|\\?sqrt)\s*\(([^()]*)\)|√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1\2}"),  # √2 -> \sqrt{2}
     (r"√", r"\\sqrt"),
     (r"·", r"\\cdot "),
     (r"²", "^2"),
@@ -880,12 +894,9 @@ TO_LATEX = [
     (r"°|\\degree\b", ""),
     (r"∞|(?<![\\\w])(?i:inf(inity)?)\b", r"\\infty "),
     (r"\s*\b[Pp]ercent(?:age)?\b", r"\\%"),
-    (
-        r"(?<![\\A-Za-z])"
-        r"(pi|alpha|beta|gamma|theta|lambda|phi|omega|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])",
-        r"\\\1",
-    ),
-    (r"(?<![\d/.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (r"(?<![\\A-Za-z])(pi|alpha|beta|gamma|theta|lambda|phi|omega)(?![A-Za-z])", r"\\\1"),
+    (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])", r"\\\1"),  # sin x -> \sin x
+    (r"(?<![\d/.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 -> 1\frac{1}{2}
 ]
 # A word of English, as opposed to a product of variables or the content of \text{}.
 PROSE = (
@@ -901,10 +912,13 @@ CHANGES_VALUE = (
 
 
 def in_box(answer: str) -> str:
-    r"""Write an answer in the form that math-verify parses best, \boxed{…}.
+    r"""Write an answer in the form that math-verify parses best.
 
-    The box holds the mathematics before the first word ("12 apples"), or the words if there is no
-    mathematics. Text such as "the value is 12" is left for math-verify to search.
+    "12 apples"            -> \boxed{12}                the mathematics before the first word
+    "$\frac12$ or so"      -> \boxed{\frac12}
+    "no solution"          -> \boxed{\text{no solution}}
+    "at least 5"           -> \boxed{\text{at least 5}}  not the number 5
+    "the value is 12"      -> unchanged: math-verify has to find the result
     """
     if "\\boxed" in answer:
         return answer
@@ -912,26 +926,36 @@ def in_box(answer: str) -> str:
     for pattern, replacement in TO_LATEX:
         latex = re.sub(pattern, replacement, latex)
     latex = latex.strip(" \t*_=:")
-    words_in_a_box = rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
+    as_text = rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
     if re.search(CHANGES_VALUE, latex):
-        return words_in_a_box
-    start, *words = re.split(PROSE, latex, maxsplit=1)
-    if words and not re.search(r"[\d\\]", start):
-        return answer if re.search(r"[\d\\]", answer) else words_in_a_box
-    start = re.sub(r"(?:[\s.,;:=(≈–—\\-]|\\approx|(?<![A-Za-z])(?:and|or))*$", "", start)
-    return rf"\boxed{{{start}}}" if start else ""
+        return as_text
+    before_words, *words = re.split(PROSE, latex, maxsplit=1)
+    if words and not has_mathematics(before_words):
+        return answer if has_mathematics(answer) else as_text
+    # Remove punctuation and signs that led over to the words.
+    trailing = r"(?:[\s.,;:=(≈–—\\-]|\\approx|(?<![A-Za-z])(?:and|or))*$"
+    before_words = re.sub(trailing, "", before_words)
+    return rf"\boxed{{{before_words}}}" if before_words else ""
+
+
+def has_mathematics(text: str) -> bool:
+    return bool(re.search(r"[\d\\]", text))
 
 
 def stated_result(response: str) -> str:
-    """Return the content of the last "Answer:" line in a box, or the whole response without one."""
-    *before, tail = re.split(ANSWER, re.sub(*TO_LATEX[0], response))
+    """Return the last "Answer:" line in a box, or the whole response if it has no such line.
+
+    Where the line only announces the result, everything after "Answer:" is returned.
+    """
+    without_bold = re.sub(BOLD, "", response)
+    *before, after = re.split(ANSWER, without_bold)
     if not before:
         return response
-    line = tail.strip().split("\n")[0]
-    is_only_words = not re.search(r"[\d\\]", line)
+    line = after.strip().split("\n")[0]
     is_empty = not line.strip("$\\[(*_ ")
-    result_follows = is_empty or line.endswith(":") or (is_only_words and "\\boxed" in tail)
-    return tail if result_follows else in_box(line)
+    points_to_box = "\\boxed" in after and not has_mathematics(line)
+    is_announcement = is_empty or points_to_box or line.endswith(":")
+    return after if is_announcement else in_box(line)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -984,7 +1008,7 @@ def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
     return min(-tokens_in_buffer / buffer, 0.0)
 
 
-def assign_rewards(groups: list[list[Rollout]], cfg: Config) -> None:
+def assign_rewards(groups: Groups, cfg: Config) -> None:
     """Fill `reward`: R = +1 if correct, −1 if not, plus the overlong penalty."""
     for r in flatten(groups):
         penalty = overlong_penalty(len(r.response_ids), cfg.max_response, cfg.overlong_buffer)
@@ -1011,7 +1035,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return (centered - mean) / (std + 1e-6)
 
 
-def assign_advantages(groups: list[list[Rollout]]) -> None:
+def assign_advantages(groups: Groups) -> None:
     """Fill `advantage`: one value per response, shared by all of its tokens."""
     rewards = torch.tensor([[r.reward for r in group] for group in groups])
     advantages = group_advantages(rewards).flatten().tolist()
@@ -1096,14 +1120,14 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     >>> future_kl(delta_logp, mask=torch.tensor([[1, 1, 1, 0]]), tau=1.0)  # γ = 1/2
     tensor([[1., 2., 4., 0.]])
 
-    This equals F[:, t] = Δ[:, t] + γ · F[:, t + 1] from right to left, in log2(T) passes. Each pass
-    doubles the number of terms that F[:, t] contains: the next `distance` terms are those of
-    F[:, t + distance], times γ^distance. A matrix product would round to TF32 or bfloat16 where
-    these are enabled, and a cumulative sum with γ^(−t) would overflow (2^640 at T = 20480).
+    This equals F[:, t] = Δ[:, t] + γ · F[:, t + 1] from right to left, in log2(T) passes. A matrix
+    product would round to TF32 or bfloat16 where these are enabled, and a cumulative sum with
+    γ^(−t) would overflow (2^640 at T = 20480).
     """
     F = torch.where(mask.bool(), delta_logp, 0.0).float()
     distance = 1
     while distance < F.shape[1]:
+        # F[:, t] holds the terms t … t + distance − 1. Those after them are in F[:, t + distance].
         F[:, :-distance] += 2 ** (-distance / tau) * F[:, distance:]
         distance *= 2
     return F
@@ -1121,13 +1145,14 @@ def influence_weight(
     safety: float = 10.0,
     dual_clip: float = 10.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FIPO's idea: weight a token by how far the policy has already moved on the tokens after it.
+    """FIPO's idea: weight a token by how far the policy has already moved from there on.
 
     Args: delta_logp, advantages and mask, [B, T]. Returns: F and f = clip(exp F, weight_range),
     [B, T]. f is a constant to the gradient.
 
     Tokens whose ratio exceeds dual_clip (M_t = 0) do not count in F. Where A < 0 and a token's own
-    ratio exceeds `safety`, f is clamped to [0.8, 1], as in the authors' release.
+    ratio exceeds `safety`, f is clamped to [0.8, 1], as in the authors' release: 1 in the default
+    weight_range.
 
     >>> delta_logp = torch.tensor([[0.0, 0.0, 0.2, 0.4]])
     >>> one = torch.ones(1, 4)
@@ -1165,15 +1190,15 @@ def fipo_loss(
     Args:
         logp, old_logp, mask: [B, T]. Values at masked positions may be anything.
         advantages: [B] or [B, T].
-        num_tokens: the denominator of the token mean. A micro-batch is given the number of tokens
-            of its whole mini-batch, so that the losses of the micro-batches add up to one mean. By
-            default, the tokens of this call are counted, without those of dropped responses.
+        num_tokens: the denominator of the token mean. Training gives the number of tokens of the
+            whole mini-batch, so that the losses of its micro-batches add up to one mean. Without
+            it, the tokens of this call count, except those of dropped responses.
         num_responses: if given, the loss is GRPO's mean over the responses' own token means.
 
     Returns: the scalar loss, and its metrics (see loss_metrics).
 
-    Responses with more than one dual-clipped token are dropped: they leave the numerator. They stay
-    in the denominator if num_tokens or num_responses is given.
+    Responses with more than one dual-clipped token are dropped from the sum. A denominator that is
+    given still counts them.
     """
     # 1) Masked positions become 0 before exp: inf · 0 would be NaN.
     mask = mask.bool()
@@ -1181,7 +1206,7 @@ def fipo_loss(
         advantages = advantages[:, None]
     A = torch.where(mask, advantages, 0.0).float()
     delta = torch.where(mask, logp, 0.0).float() - torch.where(mask, old_logp, 0.0).float()
-    delta = delta.clamp(-20.0, 20.0)  # Δ_t
+    delta = delta.clamp(-20.0, 20.0)  # Δ_t, so that exp stays finite
     ratio = delta.exp()  # r_t
 
     # 2) All of FIPO is in the next two statements. What follows is DAPO's loss.
@@ -1209,9 +1234,8 @@ def fipo_loss(
     else:
         denominator = is_kept.sum().clamp(min=1)
     loss = torch.where(is_kept, token_loss, 0.0).sum() / denominator
-    metrics = loss_metrics(
-        delta, F, f, mask, clipped > unclipped, is_dual_clipped, is_dropped, weight_range
-    )
+    is_clipped = mask & (clipped > unclipped)
+    metrics = loss_metrics(delta, F, f, mask, is_clipped, is_dual_clipped, is_dropped, weight_range)
     return loss, metrics
 
 
@@ -1233,7 +1257,7 @@ def loss_metrics(
     is_low = F.exp() < weight_range[0] - 1e-4
     is_high = F.exp() > weight_range[1] + 1e-4
     metrics = {
-        "clip_frac": (mask & is_clipped).sum() / n,
+        "clip_frac": is_clipped.sum() / n,
         "dual_clip_frac": is_dual_clipped.sum() / n,
         "ppo_kl": -delta.sum() / n,
         "future_kl_mean": (F * mask).sum() / n,
@@ -1251,7 +1275,7 @@ def loss_metrics(
 
 
 # --------------------------------------------------------------------------------------- 9. Update
-def split_mini_batches(groups: list[list[Rollout]], cfg: Config, step: int) -> list[list[Rollout]]:
+def split_mini_batches(groups: Groups, cfg: Config, step: int) -> list[list[Rollout]]:
     """Shuffle the groups and split them into mini-batches of prompts_per_mini_batch groups."""
     rng = random.Random(derive_seed(cfg.seed, "mini-batch", step))
     shuffled = rng.sample(groups, len(groups))
@@ -1268,10 +1292,11 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
     DeepSpeed's collectives.
     """
     parts_of_rank: list[list[list[Rollout]]] = [[] for _ in range(world())]
-    longest_first = sorted(mini_batch, key=len, reverse=True)  # running out of memory shows at once
-    for i, r in enumerate(longest_first):
+    # The longest responses come first, so that a lack of memory shows at once.
+    for i, r in enumerate(sorted(mini_batch, key=lambda r: -r.num_tokens)):
         parts = parts_of_rank[i % world()]
-        if not parts or (len(parts[-1]) + 1) * len(parts[-1][0]) > max_tokens:
+        is_full = parts and (len(parts[-1]) + 1) * parts[-1][0].num_tokens > max_tokens
+        if is_full or not parts:
             parts.append([])
         parts[-1].append(r)
     num_parts = max(map(len, parts_of_rank))
@@ -1293,8 +1318,8 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]
     for r in rollouts:
         prompt_length = len(r.problem.prompt_ids)
         rows.append(torch.tensor([*r.problem.prompt_ids, *r.response_ids]))
-        masks.append(torch.arange(len(r)) >= prompt_length)
-        old_logp = torch.zeros(len(r))
+        masks.append(torch.arange(r.num_tokens) >= prompt_length)
+        old_logp = torch.zeros(r.num_tokens)
         if r.old_logp is not None:
             old_logp[prompt_length:] = r.old_logp
         old_logps.append(old_logp)
@@ -1316,7 +1341,7 @@ class Policy:
     def __init__(self, path: str, cfg: SharedConfig, only_shape: bool = False) -> None:
         self.path = path
         self.cfg = cfg
-        self.training = isinstance(cfg, Config)
+        self.has_optimizer = isinstance(cfg, Config)
         self.device = CPU
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -1327,9 +1352,8 @@ class Policy:
         self.config = self.model.config.get_text_config()
         self.context = context_length(self.config)
         self.eos = end_tokens(self.model, self.tokenizer)
-        # The check is sharper in float32. From then on, bfloat16 and TF32 may be used.
-        self.autocast = contextlib.nullcontext
-        if self.training:
+        self.autocast = contextlib.nullcontext  # the check below is sharper without bfloat16
+        if self.has_optimizer:
             with user_error(f"computing log-probs with {type(self.model).__name__}"):
                 self.check_logprobs()
         self.autocast = functools.partial(
@@ -1345,8 +1369,8 @@ class Policy:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
             config = AutoConfig.from_pretrained(self.path)
             disable_dropout(config)
-            # In training, float32 weights are kept here, or else in DeepSpeed's optimizer.
-            is_half = self.bf16 and (not self.training or self.cfg.deepspeed)
+            # DeepSpeed keeps float32 weights in its optimizer, so the model may be bfloat16.
+            is_half = self.bf16 and (not self.has_optimizer or self.cfg.deepspeed)
             self.model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
@@ -1360,9 +1384,9 @@ class Policy:
                 f"{self.path} lacks {len(missing)} weights of {type(self.model).__name__}, such as "
                 f"{missing[:1]}: they would be random.",
             )
-            if self.training and self.cfg.gradient_checkpointing:
+            if self.has_optimizer and self.cfg.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.training:
+        if self.has_optimizer:
             self.optimizer = torch.optim.AdamW(
                 self.model.parameters(), weight_decay=self.cfg.weight_decay, fused=True
             )
@@ -1429,8 +1453,8 @@ class Policy:
 
 def use_bfloat16(dtype: str, device: torch.device) -> bool:
     has_bf16 = device != CPU and torch.cuda.is_bf16_supported(including_emulation=False)
-    is_possible = dtype != "bfloat16" or device == CPU or has_bf16
-    require(is_possible, "this GPU has no bfloat16: set --dtype float32.")
+    if dtype == "bfloat16" and device != CPU:
+        require(has_bf16, "this GPU has no bfloat16: set --dtype float32.")
     return dtype == "bfloat16" or (dtype == "auto" and has_bf16)
 
 
@@ -1465,7 +1489,7 @@ def disable_dropout(config: PreTrainedConfig) -> None:
 
 
 @torch.no_grad()
-def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> dict[str, float]:
+def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> Metrics:
     """Fill `old_logp` of this rank's share: the trainer's own log-probs before any update.
 
     Returns entropy, and sampler_mismatch: the mean |difference| from the sampler's log-probs. The
@@ -1495,7 +1519,7 @@ def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> dict[st
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
 
-def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> dict[str, float]:
+def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> Metrics:
     """Compute Δlog p, Future-KL, loss and gradient of a mini-batch. Returns its metrics."""
     # One denominator for all micro-batches of all ranks: the result does not depend on the split.
     num_tokens = sum(len(r.response_ids) for r in mini_batch)
@@ -1523,18 +1547,20 @@ def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> dic
         )
         policy.backward(loss, is_last=i == len(parts))
 
-        # 2) Keep log π_θ for samples.jsonl, and the metrics with their share of the mini-batch.
+        # 2) Keep log π_θ for samples.jsonl, and the metrics with their share of the mini-batch. The
+        # dummy row of an empty part is left out.
         for r, row, is_response in zip(part, logp.detach(), mask):
             r.logp = row[is_response].cpu()
         if part:
             share = mask.sum().item() / num_tokens
             drift = (logp.detach() - old_logp).abs().sum().item() / mask.sum().item()
+            # The parts of the loss add up. average_metrics multiplies by the share again.
             metrics |= {"loss": loss.item() / share, "drift": drift}
             measured.append((share, metrics))
     return average_metrics(flatten(all_gather(measured)))
 
 
-def average_metrics(measured: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
+def average_metrics(measured: list[tuple[float, Metrics]]) -> Metrics:
     """Combine (share, metrics) pairs: counts add up, extremes stay, the rest is averaged."""
     averaged = {}
     for name in measured[0][1]:
@@ -1550,7 +1576,7 @@ def average_metrics(measured: list[tuple[float, dict[str, float]]]) -> dict[str,
     return averaged
 
 
-def check_first_update(metrics: dict[str, float], tolerance: float) -> None:
+def check_first_update(metrics: Metrics, tolerance: float) -> None:
     """Before any update Δ = 0. Raises FipoError if the ratio is not 1, and warns if f is not."""
     drift = metrics["drift"]
     f = metrics["influence_mean"]
@@ -1565,7 +1591,7 @@ def check_first_update(metrics: dict[str, float], tolerance: float) -> None:
         )
 
 
-def summarize_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+def summarize_updates(updates: list[Metrics]) -> Metrics:
     """The metrics of a step: its updates combined, and f at the first and at the last of them."""
     num_skipped = sum(not math.isfinite(update["grad_norm"]) for update in updates)
     if num_skipped == len(updates):
@@ -1617,9 +1643,9 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 
 
 def collect_rollouts(
-    sampler: HFSampler | VLLMSampler, problems: list[Problem], cfg: Config, step: int, cursor: int
-) -> tuple[list[list[Rollout]], dict[str, float], int]:
-    """Sample rounds of fresh prompts until a batch of groups carries a signal. Fills `reward`.
+    sampler: Sampler, problems: list[Problem], cfg: Config, step: int, cursor: int
+) -> tuple[Groups, Metrics, int]:
+    """Sample rounds of prompts until there is a batch of groups to learn from. Fills `reward`.
 
     Dynamic sampling keeps only groups with 0 < accuracy < 1. Without it, a batch is skipped if the
     rewards are equal within every group.
@@ -1627,7 +1653,7 @@ def collect_rollouts(
     Returns: the groups, statistics of all groups sampled up to the last one kept, and the cursor
     after them. Raises NoSignal after max_gen_rounds rounds.
     """
-    groups: list[list[Rollout]] = []
+    groups: Groups = []
     accuracies: list[float] = []
     lengths: list[int] = []
     for gen_round in range(1, cfg.max_gen_rounds + 1):
@@ -1639,34 +1665,33 @@ def collect_rollouts(
             lengths += [len(r.response_ids) for r in group]
             if not cfg.dynamic_sampling or 0 < accuracy < 1:
                 groups.append(group)
-            if len(groups) < cfg.prompts_per_batch:
-                continue
-            assign_rewards(groups, cfg)
-            if has_signal(groups):
-                statistics = {
-                    "accuracy": fmean(accuracies),
-                    "gen_rounds": gen_round,
-                    "response_length/mean": fmean(lengths),
-                    "response_length/max": max(lengths),
-                    "tokens": sum(lengths),
-                }
-                return groups, statistics, cursor + len(accuracies)
-            say(f"step {step}: skipped a batch, because all rewards of every group are equal.")
-            groups = []
+            if len(groups) == cfg.prompts_per_batch:
+                assign_rewards(groups, cfg)
+                if rewards_differ(groups):
+                    statistics = {
+                        "accuracy": fmean(accuracies),
+                        "gen_rounds": gen_round,
+                        "response_length/mean": fmean(lengths),
+                        "response_length/max": max(lengths),
+                        "tokens": sum(lengths),
+                    }
+                    return groups, statistics, cursor + len(accuracies)
+                say(f"step {step}: skipped a batch, because all rewards of every group are equal.")
+                groups = []
     accuracy = fmean(accuracies)
     raise NoSignal(
         f"step {step}: in {cfg.max_gen_rounds} rounds, {len(groups)} of {len(accuracies)} groups "
-        f"have a signal, {cfg.prompts_per_batch} are needed. The accuracy is {accuracy:.1%}: give "
+        f"carry a signal, {cfg.prompts_per_batch} are needed. The accuracy is {accuracy:.1%}: give "
         f"{'harder' if accuracy > 0.5 else 'easier'} problems or a larger group."
     )
 
 
-def has_signal(groups: list[list[Rollout]]) -> bool:
-    """Whether any group has different rewards. Without, all advantages would be 0."""
+def rewards_differ(groups: Groups) -> bool:
+    """Whether any group has different rewards. Otherwise all advantages are 0."""
     return any(r.reward != group[0].reward for group in groups for r in group)
 
 
-def train_step(run: Run, sampler: HFSampler | VLLMSampler, problems: list[Problem]) -> None:
+def train_step(run: Run, sampler: Sampler, problems: list[Problem]) -> None:
     """One rollout batch and the updates on it. Advances `run` by one step."""
     cfg = run.cfg
     policy = run.policy
@@ -1708,10 +1733,8 @@ def train_step(run: Run, sampler: HFSampler | VLLMSampler, problems: list[Proble
         "time/update": updated - scored,
         "tokens_per_second": metrics.pop("tokens") / (updated - started),
     }
-    run.step = step
-    run.cursor = cursor
-    run.metrics = metrics
-    run.log_samples("train", sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
+    # Show responses of the last mini-batch, where π_θ has moved furthest from π_old.
+    run.advance(cursor, metrics, sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
 
 
 def train(cfg: Config) -> None:
@@ -1744,7 +1767,11 @@ def train(cfg: Config) -> None:
                     stop_if_signalled()
             except (Interrupted, NoSignal) as end:
                 # All ranks raise it together, and the weights are those of run.step.
-                run.save()
+                if run.step > 0:
+                    run.save()
+                    say(f"saved step {run.step} in {run.out}; --resume continues from there.")
+                else:
+                    say(f"no step was finished, so there is nothing to save in {run.out}.")
                 if isinstance(end, Interrupted):
                     sys.exit(0)
                 raise
@@ -1756,8 +1783,8 @@ def in_main_thread() -> bool:
 
 
 def evaluate(
-    sampler: HFSampler | VLLMSampler, problems: list[Problem], cfg: EvalConfig, step: int = 0
-) -> tuple[dict[str, float], list[list[Rollout]]]:
+    sampler: Sampler, problems: list[Problem], cfg: EvalConfig, step: int = 0
+) -> tuple[Metrics, Groups]:
     """Measure avg@n, cons@n, pass@k and mean length over n = eval_samples responses per problem.
 
     Returns the scores and the groups of responses.
@@ -1813,6 +1840,8 @@ class Run:
 
     The position is `step`, the number of rollout batches trained on, and `cursor`, the number of
     problems drawn from the stream. `metrics` belong to `step` and are logged after its evaluation.
+    `log_sizes` are the bytes of the logs before this evaluation: a run that resumes here cuts the
+    logs to these sizes and writes the rest again.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -1822,6 +1851,7 @@ class Run:
         self.step = 0
         self.cursor = 0
         self.metrics: dict[str, Any] = {"step": 0}
+        self.log_sizes = {"metrics.jsonl": 0, "samples.jsonl": 0}
         with user_error(f"creating the folder {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
         has_run = (self.out / "metrics.jsonl").exists() or (self.out / "checkpoints").exists()
@@ -1836,6 +1866,7 @@ class Run:
                 self.step = int(state["step"])
                 self.cursor = int(state["cursor"])
                 self.metrics = dict(state["metrics"])
+                self.log_sizes = dict(state["log_sizes"])
             self.check_settings(source)
         require(
             self.step <= cfg.steps, f"{self.out} is at step {self.step}: raise --steps above it."
@@ -1850,11 +1881,21 @@ class Run:
                 self.policy.load_optimizer(source)
             say(f"resuming after step {self.step} from {source}")
 
+    def advance(self, cursor: int, metrics: dict[str, Any], rollouts: list[Rollout]) -> None:
+        """Take the position after a training step, and log some of its rollouts."""
+        self.step += 1
+        self.cursor = cursor
+        self.metrics = metrics
+        self.log_samples("train", rollouts)
+        for name in self.log_sizes:
+            path = self.out / name
+            self.log_sizes[name] = path.stat().st_size if path.exists() else 0
+
     def check_settings(self, checkpoint: Path) -> None:
         """Refuse to resume with settings that differ from config.json, except MAY_CHANGE."""
 
         def comparable(settings: dict[str, Any], name: str) -> str:
-            # Paths inside --out may have moved with it. Other paths may be spelled differently.
+            # A file in --out may have moved with it. Other paths may be spelled differently.
             text = str(settings[name]).replace(settings["out"].rstrip("/") + "/", "--out/")
             return os.path.abspath(text) if os.path.exists(text) else text
 
@@ -1876,16 +1917,19 @@ class Run:
         )
 
     def open_logs(self) -> None:
-        """Write config.json, and cut the logs back to `step`: what follows is written again.
+        """Write config.json, and cut the logs back to `log_sizes`.
 
         Called when data and sampler are ready, so that a start that fails changes nothing.
         """
         if rank() > 0:
             return
         replace_text(self.out / "config.json", json.dumps(as_json(self.cfg), indent=2))
-        for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
+        for name, size in self.log_sizes.items():
+            path = self.out / name
             if path.exists():
-                replace_text(path, self.lines_to_keep(path))
+                text = path.read_bytes()[:size].decode(errors="replace")
+                complete_lines = text[: text.rfind("\n") + 1]
+                replace_text(path, complete_lines)
         if self.cfg.wandb:
             with user_error("starting --wandb (pip install wandb)"):
                 import wandb
@@ -1902,18 +1946,6 @@ class Run:
                     reinit="finish_previous",
                 )
                 id_file.write_text(self.wandb.id)
-
-    def lines_to_keep(self, path: Path) -> str:
-        """Return the lines of a log before `step`, and the training samples of `step` itself."""
-        kept = ""
-        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-            with user_error(f"reading {path}, line {number} (if it is damaged, remove the line)"):
-                is_complete = line.endswith("\n")  # the run may have been killed while writing it
-                row = json.loads(line) if is_complete else {"step": math.inf}
-                is_sample = row["step"] == self.step and row.get("kind") == "train"
-                if row["step"] < self.step or is_sample:
-                    kept += line
-        return kept
 
     def log(self) -> None:
         """Print one line about `step`, and append its metrics to metrics.jsonl and W&B."""
@@ -1946,9 +1978,6 @@ class Run:
 
         Checkpoints are written to a temporary folder and renamed: a crash leaves no partial one.
         """
-        if self.step == 0:
-            say(f"no step was finished, so there is nothing to save in {self.out}.")
-            return
         checkpoints = self.out / "checkpoints"
         final = checkpoints / f"step_{self.step:06d}"
         partial = checkpoints / "partial"
@@ -1962,7 +1991,8 @@ class Run:
             self.policy.save(partial)
             barrier()
             if rank() == 0:
-                state = {"step": self.step, "cursor": self.cursor, "metrics": self.metrics}
+                names = ("step", "cursor", "metrics", "log_sizes")
+                state = {name: getattr(self, name) for name in names}
                 (partial / "state.json").write_text(json.dumps(state))
                 for path in filter(Path.is_file, partial.rglob("*")):
                     with open(path, "r+b") as file:
@@ -1972,7 +2002,6 @@ class Run:
                 for old in sorted(checkpoints.glob(CHECKPOINT))[:-2]:
                     shutil.rmtree(old)
             barrier()  # when a rank ends, the launcher ends the others, so all wait for rank 0
-        say(f"saved step {self.step} in {checkpoints}; --resume continues from there.")
 
 
 CHECKPOINT = "step_" + 6 * "[0-9]"  # does not match a copy that somebody has named step_best
@@ -2044,11 +2073,11 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend, timeout = "nccl", timedelta(hours=1)
-        # DeepSpeed adopts an existing group. It would create one with a device_id, for which NCCL
-        # splits later groups in a call that only their members make. That can hang.
+        # DeepSpeed uses the group that exists. It would create one with a device_id, with which
+        # later groups are made by ncclCommSplit, and this hangs if only some ranks call it.
         distributed.init_process_group(backend, timeout=timeout)
         ds.init_distributed(verbose=False)
-    HOST_GROUP["gloo"] = distributed.new_group(backend="gloo", timeout=host_timeout)
+    GLOO["hosts"] = distributed.new_group(backend="gloo", timeout=host_timeout)
     try:
         yield
         barrier()
@@ -2066,8 +2095,8 @@ def check_launcher(deepspeed: str) -> None:
     )
 
 
-class VLLMSampler:
-    """Samples with vLLM, in this process, with the interface of HFSampler.
+class VLLMSampler(Sampler):
+    """Samples with vLLM in this process.
 
     Every `tensor_parallel` ranks share an engine, which holds weights of its own.
     """
@@ -2077,7 +2106,7 @@ class VLLMSampler:
         self.policy = policy
         self.on_gpu = policy.device.type == "cuda"
         # In training, the ranks exist already. In evaluation, vLLM starts its processes itself.
-        self.ranks = cfg.tensor_parallel if policy.training else 1
+        self.ranks = cfg.tensor_parallel if policy.has_optimizer else 1
         require(
             world() % self.ranks == 0,
             f"--tensor_parallel {self.ranks} does not divide the {world()} ranks.",
@@ -2137,26 +2166,23 @@ class VLLMSampler:
         max_tokens: int,
         temperature: float,
         top_p: float,
-    ) -> list[list[Rollout]]:
+    ) -> Groups:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": problem.prompt_ids} for problem in problems]
-        params = SamplingParams(
-            n=n,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            stop_token_ids=self.policy.eos,
-            logprobs=0,  # only of the sampled tokens
-            flat_logprobs=True,
-            detokenize=False,
-        )
-        seeded = []
-        for seed in seeds:
-            seeded.append(params.clone())
-            seeded[-1].seed = seed
-        # vLLM divides by the time that a bar has run, which is 0 for a disabled bar.
-        outputs = self.llm.generate(prompts, seeded, use_tqdm=progress if rank() == 0 else False)
+        settings = {
+            "n": n,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop_token_ids": self.policy.eos,
+            "logprobs": 0,  # only of the sampled tokens
+            "flat_logprobs": True,
+            "detokenize": False,
+        }
+        params = [SamplingParams(seed=seed, **settings) for seed in seeds]
+        # Not a disabled bar on the other ranks: vLLM would divide by its elapsed time, 0.
+        outputs = self.llm.generate(prompts, params, use_tqdm=progress if rank() == 0 else False)
         groups = []
         for problem, output in zip(problems, outputs):
             group = []
@@ -2173,8 +2199,8 @@ def read_deepspeed(path: str) -> dict[str, Any]:
 
     with user_error(f"reading {path}"):
         text = Path(path).read_text()
-        auto = re.search(r'"(\w+)"\s*:\s*"auto"', text)
-        require(not auto, f'{path}: {auto and auto[1]} is "auto": give a value, or remove it.')
+        automatic = re.findall(r'"(\w+)"\s*:\s*"auto"', text)
+        require(not automatic, f'{path}: {automatic} is "auto": give a value, or remove it.')
         config = json.loads(text)
         stage = config["zero_optimization"]["stage"]
         num_accumulated = DeepSpeedConfig(dict(config)).gradient_accumulation_steps
@@ -2231,7 +2257,8 @@ class DeepSpeedPolicy(Policy):
             self.engine, *_ = deepspeed.initialize(
                 model=scorer, optimizer=self.optimizer, config=config
             )
-        # The head is gathered once per pass, although `scorer` uses its weights directly.
+        # token_logprobs reads the weights of the head without calling it. Once they are registered,
+        # ZeRO-3 gathers them for it.
         for weight in self.model.get_output_embeddings().parameters():
             deepspeed.zero.register_external_parameter(scorer, weight)
 
@@ -2258,7 +2285,7 @@ class DeepSpeedPolicy(Policy):
     def save(self, folder: Path) -> None:
         """Write a Hugging Face model folder, with every rank's optimizer in `deepspeed`."""
         self.engine.save_checkpoint(folder / "deepspeed", tag="ranks")
-        own_names = dict(self.model.named_parameters())  # a tied head is not written twice
+        own_names = {name for name, _ in self.model.named_parameters()}  # without a tied head
         state_dict = {}
         for name, weight in self.weights():
             if rank() == 0 and name in own_names:
@@ -2274,14 +2301,14 @@ class DeepSpeedPolicy(Policy):
 # -------------------------------------------------------------------------------- 13. Command line
 def check_bounds(cfg: SharedConfig) -> None:
     """Refuse numbers that are below the least value of their setting, or not finite."""
-    for setting in fields(cfg):
-        value = getattr(cfg, setting.name)
+    for item in fields(cfg):
+        value = getattr(cfg, item.name)
         if isinstance(value, (int, float)):
-            least = setting.metadata["least"]
-            is_finite = math.isfinite(value) or setting.name == "dual_clip"
+            least = item.metadata["least"]
+            is_finite = math.isfinite(value) or item.name == "dual_clip"
             require(
                 value >= least and is_finite,
-                f"--{setting.name} is {value}: it must be at least {least}, and finite.",
+                f"--{item.name} is {value}: it must be at least {least}, and finite.",
             )
 
 
@@ -2337,23 +2364,22 @@ def report_errors() -> Iterator[None]:
         stream.reconfigure(errors="replace", line_buffering=True)  # not every terminal can print τ
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # Without it, DeepSpeed looks for accelerators.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         yield
-        return
     except FipoError as error:
-        sentence = str(error)
+        exit_with(str(error))
     except KeyboardInterrupt:
-        sentence = "interrupted outside of training: nothing to save."
+        exit_with("interrupted outside of training: nothing to save.")
     except (MemoryError, RuntimeError) as error:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not is_memory and "allocate memory" not in str(error):  # the CPU's error has no own type
             raise
-        sentence = (
-            "out of memory: lower --tokens_per_micro_batch or --rollout_rows, "
-            "set --gradient_checkpointing."
-        )
+        knobs = "lower --tokens_per_micro_batch or --rollout_rows, set --gradient_checkpointing"
+        exit_with(f"out of memory: {knobs}.")
+
+
+def exit_with(sentence: str) -> None:
     if rank() == 0:
         sys.exit(f"fipo: {sentence}")
     time.sleep(10)  # if rank 0 has met the same error, its launcher ends this rank meanwhile
@@ -2388,7 +2414,10 @@ def run_eval(cfg: EvalConfig) -> None:
 
 
 class Parser(HfArgumentParser):
-    """Builds a command line from a settings class. argparse does not know `least`."""
+    """Builds a command line from a settings class.
+
+    HfArgumentParser passes the metadata of a field on to argparse, which does not know `least`.
+    """
 
     def add_argument(self, *names: str, least: float = 0, **options: Any) -> Any:
         return super().add_argument(*names, **options)

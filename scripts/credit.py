@@ -1,84 +1,81 @@
-"""Does f find the tokens that matter, and what can it do about them? FIPO's weight held against the truth.
+"""Does FIPO's weight f find the tokens that matter? A study of credit on the embedded task.
 
-On the embedded task (train_small.py) the value of every prefix can be had: by sampling what follows, many times. So
-there is a truth about which token decided a response, and f can be compared with it.
+The embedded task (train_small.py) is small enough to estimate the value V of every prefix of a
+response: the share of its sampled continuations that are correct. The change ΔV at a token says how
+much the token decided, and f is compared with it.
 
-python scripts/credit.py truth       # 1  the value of every prefix of 128 responses, at steps 1, 4, 10, 20
-python scripts/credit.py finds       # 2  who finds the key tokens: Δlog p, F, f, the past, entropy, −log π_old
-python scripts/credit.py gradients   # 3  how far f turns DAPO's gradient, beside the bound and the noise
-python scripts/credit.py tune        #    DAPO's learning rates for parts 4 to 6, on seeds to choose by
-python scripts/credit.py matters     # 4  training with f, and with an oracle that estimates the values
-python scripts/credit.py half        # 5  training on half of the tokens: with the largest f, the smallest, random ones
-python scripts/credit.py setting     # 6  settings in which f has more to say: a choice, on the same seeds
-python scripts/credit.py final       #    … and the one chosen, on five others
-python scripts/credit.py report      # assets/results/credit.json and credit_runs.csv, assets/credit.png
+python scripts/credit.py truth       # 1  values of all prefixes of 128 responses, at four steps
+python scripts/credit.py gradients   # 3  the angle between FIPO's and DAPO's gradients
+python scripts/credit.py matters     # 4  training with f, and with an oracle that estimates values
+python scripts/credit.py half        # 4  training on half of the tokens: largest F, smallest, …
+python scripts/credit.py setting     # 4  settings in which f could matter more
+python scripts/credit.py final       # 4  the best of these settings, on five other seeds
+python scripts/credit.py report      # 2, 5  assets/results/credit*, assets/credit.png
 
-A part does what is not done yet, in runs/credit, two processes at a time, a thread each; started again, it goes on.
+Each part saves its results in runs/credit and skips what is done. It runs two processes at a time,
+with one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if __name__ == "__main__":
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # of all processes
+    # Set before torch is imported, and inherited by all processes.
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
 
-import datasets
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import bench_compare
 import fipo
 import train_small
-from bench_compare import interval
-from fipo import Rollout
+from fipo import Config, HFSampler, Policy, Rollout
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path(os.environ.get("CREDIT_RUNS", ROOT / "runs" / "credit"))
-SEEDS, STEPS, CONTINUATIONS = range(5), (1, 4, 10, 20), 64  # of parts 1 to 3
-BEST_LR = float(bench_compare.BEST_LR)  # DAPO's, by `tune` too
-RATES = (1e-4, BEST_LR)  # of part 3: the embedded run's is the first
+SEEDS = range(5)  # of `truth` and `gradients`
+STEPS = (1, 4, 10, 20)
+CONTINUATIONS = 64  # of each prefix, in each of two estimates
+BEST_LR = float(bench_compare.BEST_LR)  # DAPO's
+RATES = (1e-4, BEST_LR)  # of `gradients`
 TAUS = (1, 8, 32, 128)
-RANGES = {"[1, 1.2]": (1.0, 1.2), "[0.8, 1.2]": (0.8, 1.2), "[0.5, 2]": (0.5, 2.0),
-          "unclipped": (0.0, math.inf)}  # fmt: skip
-LEAD, NONE = 16, 10**6  # tokens before a key token that are looked at; no key token follows
-LEADERS = ("|Δ|", "|F|", "|F − Δ|", "|past − Δ|", "f", "future of −log π_old")
+RANGES = {
+    "[1, 1.2]": (1.0, 1.2),
+    "[0.8, 1.2]": (0.8, 1.2),
+    "[0.5, 2]": (0.5, 2.0),
+    "unclipped": (0.0, math.inf),
+}
+Numbers = dict[str, float]
 
 
-def settings(**changed: Any) -> fipo.Config:
-    """The embedded run with what is changed. Its base model and its problems are made if they are not there yet."""
-    steps = changed.pop("pretrain_steps", 1000)
-    defaults = train_small.embedded_settings(RUNS / f"task-{steps}", steps)
-    if not (Path(defaults["model"]).is_dir() and Path(defaults["eval_data"]).exists()):
-        train_small.make_embedded(defaults, steps)
-    return fipo.resolve(train_small.configure([], defaults | {"out": str(RUNS)} | changed))
-
-
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:  # under its name, or not at all
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file.with_suffix(".partial"))
-    file.with_suffix(".partial").rename(file)
-
-
-def write_json(file: Path, rows: Any) -> None:
-    write_whole(file, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+def settings(pretrain_steps: int = 1000, **changes: Any) -> Config:
+    """The embedded run's settings with `changes`. Makes its model and problems if needed."""
+    defaults = train_small.embedded_settings(RUNS / f"task-{pretrain_steps}", pretrain_steps)
+    if not Path(defaults["eval_data"]).exists():
+        train_small.make_embedded(defaults, pretrain_steps)
+    defaults["out"] = str(RUNS)
+    return fipo.resolve(train_small.configure([], defaults | changes))
 
 
 def truth_file(seed: int, step: int) -> Path:
@@ -89,15 +86,15 @@ def gradient_file(seed: int, lr: float) -> Path:
     return RUNS / "gradients" / f"{lr:g}-{seed}.json"
 
 
-def arm_folder(part: str, arm: str, seed: int) -> Path:
-    return RUNS / part / f"{arm}-{seed}"
+def updates(cfg: Config) -> Iterator[tuple[int, int, Policy, list[list[Rollout]]]]:
+    """Train as fipo.train does, without evaluation or warm-up, and pause before every update.
 
-
-def updates(cfg: fipo.Config) -> Iterator[tuple[int, int, fipo.HFSampler, list[list[Rollout]]]]:
-    """fipo.train without evaluation and logs, one process: halts before every update, so that it can be looked at.
-    Yields step, number of the update, sampler (with the policy) and the mini-batches of the step."""
-    policy = fipo.Policy(cfg.model, cfg)
-    problems, sampler, cursor = fipo.encode_problems(cfg.data, policy, cfg), fipo.HFSampler(policy), 0
+    Yields the step, the index of the update, the policy, and all mini-batches of the step.
+    """
+    policy = Policy(cfg.model, cfg)
+    problems = fipo.encode_problems(cfg.data, policy, cfg)
+    sampler = HFSampler(policy)
+    cursor = 0
     for step in range(1, cfg.steps + 1):
         groups, _, cursor = fipo.collect_rollouts(sampler, problems, cfg, step, cursor)
         fipo.assign_rewards(groups, cfg)
@@ -105,672 +102,848 @@ def updates(cfg: fipo.Config) -> Iterator[tuple[int, int, fipo.HFSampler, list[l
         mini_batches = fipo.split_mini_batches(groups, cfg, step)
         fipo.score_old_logp(policy, mini_batches)
         for i, mini_batch in enumerate(mini_batches):
-            yield step, i, sampler, mini_batches
+            yield step, i, policy, mini_batches
             fipo.add_gradients(policy, mini_batch, cfg)
-            policy.step(cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)))
+            policy.step(cfg.lr)
 
 
-# -------------------------------------------------------------------------------------------------- 1. The truth
-def values(sampler: fipo.HFSampler, rollouts: list[Rollout], n: int, cfg: fipo.Config, what_for: Any,
-           sure: float = math.inf) -> list[Tensor]:  # fmt: skip
-    """V of every prefix of every response, [T + 1] each: the share of `n` continuations under the sampler's policy that
-    are right. V[0] is the prompt's, V[T] the outcome: nothing follows a whole response. ΔV = V.diff(), [T], belongs to
-    the tokens, and its sum is outcome − V[0]. A prefix that responses share is continued once for all of them.
+# ---------------------------------------------------------------------------------- 1. The truth
+def prefix(r: Rollout, t: int) -> tuple[int, ...]:
+    """The prompt and the first t tokens of the response."""
+    return (*r.problem.prompt_ids, *r.response_ids[:t])
 
-    To save time, a token sampled with a probability of `sure` or more keeps the value before it: V is a mean over what
-    the token could have been, so |ΔV| ≤ 1 − π(token). What that leaves out falls to the next token that is not sure."""
-    asked_at = [[t for t in range(len(r.response_ids)) if t == 0 or math.exp(r.sampler_logp[t - 1]) < sure]
-                for r in rollouts]  # fmt: skip
-    asked = {(*r.problem.prompt_ids, *r.response_ids[:t]): r.problem for r, at in zip(rollouts, asked_at) for t in at}
-    ordered, size, V = sorted(asked, key=lambda ids: (len(ids), ids)), max(1, cfg.rollout_rows // n), {}
-    for i in fipo.progress(range(0, len(ordered), size), desc="values"):
-        chunk = ordered[i : i + size]  # of like lengths
-        starts = [len(asked[ids].prompt_ids) for ids in chunk]
-        seeds = [fipo.derive_seed(what_for, ids[:start], ids[start:]) for ids, start in zip(chunk, starts)]
-        room = max(start + cfg.max_response - len(ids) for ids, start in zip(chunk, starts))
-        prompts = [replace(asked[ids], prompt_ids=list(ids)) for ids in chunk]
-        groups = sampler.generate(prompts, seeds, n, room, cfg.temperature, 1.0)
-        for ids, start, group in zip(chunk, starts, groups):
-            responses = [[*ids, *r.response_ids][start : start + cfg.max_response] for r in group]
-            texts = [sampler.policy.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-            V[ids] = fmean(fipo.VERIFY[cfg.verifier](text, asked[ids].answer) for text in texts)
-    found = []
-    for r, at in zip(rollouts, asked_at):
-        V_t: list[float] = []
+
+def needs_estimate(r: Rollout, t: int, sure: float) -> bool:
+    return t == 0 or math.exp(r.sampler_logp[t - 1]) < sure
+
+
+def values(
+    policy: Policy,
+    rollouts: list[Rollout],
+    n: int,
+    cfg: Config,
+    purpose: Any,
+    sure: float = math.inf,
+) -> list[Tensor]:
+    """The value V of every prefix of every response, [T + 1] each.
+
+    V[t] is the share of n continuations after t response tokens that are correct. V[0] is the
+    prompt's value and V[T] the outcome. V.diff(), [T], is the change ΔV at every token. A prefix
+    that responses share is estimated once. `purpose` seeds the sampling.
+
+    A token sampled with probability `sure` or more keeps the value of the prefix before it, which
+    saves time. V is a mean over what the token could have been, so |ΔV| ≤ 1 − π(token). What this
+    leaves out goes to the next token that is not sure.
+    """
+    sampler = HFSampler(policy)
+    verify = fipo.VERIFY[cfg.verifier]
+
+    # 1) collect the prefixes
+    problems = {}
+    for r in rollouts:
         for t in range(len(r.response_ids)):
-            V_t.append(V[*r.problem.prompt_ids, *r.response_ids[:t]] if t in at else V_t[-1])
-        found.append(torch.tensor([*V_t, float(r.correct)]))
-    return found
+            if needs_estimate(r, t, sure):
+                problems[prefix(r, t)] = r.problem
+    prefixes = sorted(problems, key=lambda ids: (len(ids), ids))
 
+    # 2) continue each of them n times, those of similar length together
+    estimates = {}
+    size = max(1, cfg.rollout_rows // n)
+    for start in fipo.progress(range(0, len(prefixes), size), desc="values"):
+        chunk = prefixes[start : start + size]
+        prompts = []
+        seeds = []
+        room = 0
+        for ids in chunk:
+            problem = problems[ids]
+            length = len(problem.prompt_ids)
+            prompts.append(replace(problem, prompt_ids=list(ids)))
+            seeds.append(fipo.derive_seed(purpose, ids[:length], ids[length:]))
+            room = max(room, length + cfg.max_response - len(ids))
+        groups = sampler.generate(prompts, seeds, n, room, cfg.temperature, 1.0)
+        for ids, group in zip(chunk, groups):
+            problem = problems[ids]
+            correct = 0
+            for continuation in group:
+                response = [*ids, *continuation.response_ids][len(problem.prompt_ids) :]
+                # A short prefix in the chunk gives a long one more room than it may use.
+                response = response[: cfg.max_response]
+                text = policy.tokenizer.decode(response, skip_special_tokens=True)
+                correct += verify(text, problem.answer)
+            estimates[ids] = correct / n
 
-def z_score(before: Tensor, after: Tensor, n: int) -> Tensor:
-    """How many standard errors two shares of n trials are apart (Agresti and Caffo: one success and one failure are
-    added to each, or 0 of n and n of n would have no error)."""
-    p, q = ((x * n + 1) / (n + 2) for x in (before, after))
-    return (q - p) / ((p * (1 - p) + q * (1 - q)) / (n + 2)).sqrt()
-
-
-KEY = 3.29  # standard errors; by chance one token in a thousand is as far off
+    # 3) put them together
+    result = []
+    for r in rollouts:
+        V = []
+        for t in range(len(r.response_ids)):
+            if needs_estimate(r, t, sure):
+                value = estimates[prefix(r, t)]
+            V.append(value)
+        result.append(torch.tensor([*V, float(r.correct)]))
+    return result
 
 
 def record_truth(seed: int) -> None:
-    """Part 1 for one seed: for each step a file with what the loss saw of the last two mini-batches, and the values."""
-    files, kept = {step: truth_file(seed, step) for step in STEPS}, None
-    if all(file.exists() for file in files.values()):
+    """Save the values of the last two mini-batches of the steps in STEPS, and what the loss saw."""
+    if truth_file(seed, STEPS[-1]).exists():
         return
-    cfg = settings(seed=seed, steps=STEPS[-1] + 1, rollout_rows=256)
-    for step, i, sampler, mini_batches in updates(cfg):
-        if i == 0 and kept:  # that step is over: log π_θ at the update, and after all updates
-            file, rollouts, rows = kept
-            rows |= {"logp": [r.logp for r in rollouts], "after": score(sampler.policy, rollouts)[0]}
-            write_whole(file, partial(torch.save, rows))
-            kept = None
-        if i == 0 and step in files and not files[step].exists():
+    recorded = {}
+    cfg = settings(seed=seed, steps=STEPS[-1], rollout_rows=256)
+    for step, i, policy, mini_batches in updates(cfg):
+        if step in STEPS and i == 0:
             rollouts = mini_batches[-2] + mini_batches[-1]
-            kept = files[step], rollouts, {
-                "ids": [list(r.response_ids) for r in rollouts], "advantage": [r.advantage for r in rollouts],
-                "old_logp": [r.old_logp for r in rollouts], "entropy": score(sampler.policy, rollouts)[1],
-                "V": [values(sampler, rollouts, CONTINUATIONS, cfg, (seed, "value", again)) for again in (0, 1)],
-            }  # fmt: skip
+            V = []
+            for repetition in (0, 1):
+                purpose = (seed, "value", repetition)
+                V.append(values(policy, rollouts, CONTINUATIONS, cfg, purpose))
+            rows = {"V": V, "entropy": entropies(policy, rollouts)}
+            recorded[step] = rollouts, rows
+
+    # All updates are done, so r.logp is log π_θ as it was just before the update on r.
+    os.makedirs(RUNS / "truth", exist_ok=True)
+    for step, (rollouts, rows) in recorded.items():
+        for name in ("advantage", "old_logp", "logp"):
+            rows[name] = [getattr(r, name) for r in rollouts]
+        torch.save(rows, truth_file(seed, step))
 
 
 @torch.no_grad()
-def score(policy: fipo.Policy, rollouts: list[Rollout]) -> tuple[list[Tensor], list[Tensor]]:
-    """log π and entropy of the responses' tokens, [T] each."""
-    policy.model.eval()
+def entropies(policy: Policy, rollouts: list[Rollout]) -> list[Tensor]:
+    """The entropy of π at the response tokens, [T] each."""
     input_ids, mask, _, _ = fipo.collate(rollouts, policy.device)
-    return tuple([row[where] for row, where in zip(x, mask)] for x in policy.logprobs(input_ids, mask))
+    _, entropy = fipo.token_logprobs(policy.model, input_ids, mask)
+    result = []
+    for row, is_response in zip(entropy, mask):
+        result.append(row[is_response])
+    return result
 
 
-# -------------------------------------------------------------------------------------------- 2. Who finds it
-def auc(score: Tensor, positive: Tensor) -> float:
-    """The chance that a positive has a higher score than another: 0.5 is guessing. Ties count half. [N], [N] bool."""
-    hits, others = score[positive].double(), score[~positive].double().sort().values
-    below = [torch.searchsorted(others, hits, right=right).double() for right in (False, True)]
-    return (sum(below) / 2 / len(others)).mean().item()  # NaN where one side is empty
+# ------------------------------------------------------------- 2. Which scores find the key tokens
+KEY = 3.29  # standard errors of ΔV; by chance, one token in a thousand is that far off
+LEAD = 16  # tokens before a key token that are looked at
+FINDERS = {
+    "|Δ|": "|Δlog p|",
+    "|F|": "|F|",
+    "|F − Δ|": "|F| without Δ itself",
+    "|past − Δ|": "|the past| without Δ",
+    "F": "F",
+    "f": "f in [1, 1.2]",
+    "|log f|": "|log f|, f in [0.8, 1.2]",
+    "entropy": "entropy",
+    "−log π_old": "−log π_old",
+    "left": "tokens left",
+}
+LEADERS = (
+    "|Δ|",
+    "|F − Δ|",
+    "|past − Δ|",
+    "f",
+    "future of −log π_old",
+)
 
 
-def auc_within(score: Tensor, positive: Tensor, stratum: Tensor) -> float:
-    """The same, but a positive is compared with others of its own stratum only. [N], [N] bool, [N]."""
-    wins = pairs = 0.0
-    for value in stratum[positive].unique():
-        here = stratum == value
-        n = positive[here].sum().item() * (~positive[here]).sum().item()
-        wins, pairs = wins + (n * auc(score[here], positive[here]) if n else 0.0), pairs + n
+def auc(score: pd.Series, positive: pd.Series, stratum: pd.Series | int = 0) -> float:
+    """The probability that a positive token has a higher score than another one. Ties count half.
+
+    A positive is only compared with others of the same stratum. NaN if there is no such pair.
+    """
+    table = pd.DataFrame(
+        {
+            "score": score,
+            "stratum": stratum,
+            "other": ~positive,
+        }
+    )
+    strata = table.groupby("stratum")
+    rank = strata["score"].rank()
+    rank_among_positives = table[positive].groupby("stratum")["score"].rank()
+    wins = (rank - rank_among_positives).sum()  # of positives; NaN for the others
+    others = strata["other"].transform("sum")
+    pairs = others[positive].sum()
     return wins / pairs if pairs else math.nan
 
 
-def future_sum(x: Tensor, tau: float) -> Tensor:  # F's sum over one response, of anything: [T] -> [T]
-    return fipo.future_kl(x[None], torch.ones(1, len(x)), tau)[0]
+def scores(delta: Tensor, advantages: Tensor, mask: Tensor, tau: float = 32.0) -> dict[str, Tensor]:
+    """What Δlog p says of every token. [B, T] each -> [B, T] each."""
+    weigh = partial(fipo.influence_weight, delta, advantages, mask, tau=tau)
+    F, f = weigh()
+    _, wide_f = weigh(weight_range=(0.8, 1.2))
+    backwards = fipo.future_kl(delta.flip(1), mask.flip(1), tau)
+    past = backwards.flip(1)
+    columns = {}
+    columns["Δ"] = delta
+    columns["F"] = F
+    columns["f"] = f
+    columns["|Δ|"] = delta.abs()
+    columns["|F|"] = F.abs()
+    columns["|F − Δ|"] = (F - delta).abs()
+    columns["|past − Δ|"] = (past - delta).abs()
+    columns["|log f|"] = wide_f.log().abs()
+    return columns
 
 
-def weigh(delta: Tensor, advantage: float, **how: Any) -> tuple[Tensor, Tensor]:  # F and f of one response, [T] each
-    one = torch.ones(1, len(delta), dtype=torch.bool)
-    F, f = fipo.influence_weight(delta[None], advantage * one, one, **how)
-    return F[0], f[0]
+def z_score(before: Tensor, after: Tensor, n: int) -> Tensor:
+    """The difference of two shares of n trials, in standard errors.
+
+    One success and one failure are added to each (Agresti and Caffo), or 0 and 1 had no error.
+    """
+    p = (before * n + 1) / (n + 2)
+    q = (after * n + 1) / (n + 2)
+    variance = (p * (1 - p) + q * (1 - q)) / (n + 2)
+    return (q - p) / variance.sqrt()
 
 
-def scores(delta: Tensor, advantage: float, tau: float = 32.0) -> dict[str, Tensor]:
-    """What a loss can know of each token of a response from its Δlog p, [T] each."""
-    F, f = weigh(delta, advantage, tau=tau)
-    _, wide = weigh(delta, advantage, tau=tau, weight_range=RANGES["[0.8, 1.2]"])
-    past = future_sum(delta.flip(0), tau).flip(0)
-    return {"Δ": delta, "|Δ|": delta.abs(), "F": F, "|F|": F.abs(), "|F − Δ|": (F - delta).abs(), "f": f,
-            "|log f|": wide.log().abs(), "|past − Δ|": (past - delta).abs()}  # fmt: skip
-
-
-FINDERS = {"|Δ|": "|Δlog p|", "|F|": "|F|", "|F − Δ|": "|F| without Δ itself", "|past − Δ|": "|the past| without Δ",
-           "F": "F", "f": "f in [1, 1.2]", "|log f|": "|log f|, f in [0.8, 1.2]", "entropy": "entropy",
-           "−log π_old": "−log π_old", "left": "tokens left"}  # fmt: skip
+def is_jump(before: Tensor, after: Tensor, n: int) -> Tensor:
+    """Whether two values differ by more than the noise of n continuations each."""
+    return z_score(before, after, n).abs() > KEY
 
 
 def until_next(key: Tensor) -> Tensor:
-    """How many tokens before the next key token each is, 0 for itself; more than LEAD if none follows. [T] -> [T]."""
-    ahead, until = torch.zeros(len(key)), NONE
-    for t in reversed(range(len(key))):
-        until = 0 if key[t] else until + 1
-        ahead[t] = until
-    return ahead
+    """The distance to the next key token: 0 at a key token, inf if none follows. [B, T] each."""
+    place = torch.arange(key.shape[1])
+    key_place = torch.where(key, place, math.inf)
+    next_from_the_end = key_place.flip(1).cummin(1).values
+    return next_from_the_end.flip(1) - place
 
 
-def read_truth(seed: int, step: int, when: str = "logp", tau: float = 32.0) -> dict[str, Tensor]:
-    """All tokens of the responses, [N] each: scores, ΔV by all continuations and by each half of them, key or not, and
-    how many tokens before the next key token. `when`: Δ as the loss saw it ("logp"), or after the step ("after")."""
-    rows, n = torch.load(truth_file(seed, step), weights_only=True), CONTINUATIONS
-    tokens: list[dict[str, Tensor]] = []
-    for i, (first, second) in enumerate(zip(*rows["V"])):
-        V, T, A = (first + second) / 2, len(rows["ids"][i]), rows["advantage"][i]
-        is_key = [z_score(v[:-1], v[1:], m).abs() > KEY for v, m in ((V, 2 * n), (first, n), (second, n))]
-        unsure = -rows["old_logp"][i]
-        future = future_sum(unsure, tau) - unsure
-        known = {"A": torch.full((T,), A), "entropy": rows["entropy"][i], "−log π_old": unsure,
-                 "future of −log π_old": future, "left": torch.arange(T, 0, -1.0)}  # fmt: skip
-        same = z_score(first[:-1], second[:-1], n).abs() > KEY  # one prefix twice: what differs is noise
-        truth = {"ΔV": V.diff(), "ΔV 1": first.diff(), "ΔV 2": second.diff(), "key": is_key[0], "key 1": is_key[1],
-                 "key 2": is_key[2], "ahead": until_next(is_key[0]), "false": same}  # fmt: skip
-        tokens.append(scores(rows[when][i] - rows["old_logp"][i], A, tau) | known | truth)
-    return {name: torch.cat([each[name] for each in tokens]) for name in tokens[0]}
+def padded(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True)
 
 
-def unsure_tokens(t: dict[str, Tensor]) -> Tensor:  # others cannot be key by more than 0.1
-    return t["−log π_old"] > -math.log(0.9)
+def read_tokens(seed: int, step: int, tau: float = 32.0) -> pd.DataFrame:
+    """Scores and truth of every token of a step's responses: one row each."""
+    rows = torch.load(truth_file(seed, step), weights_only=True)
+    old_logp = padded(rows["old_logp"])  # [B, T], as all below
+    delta = padded(rows["logp"]) - old_logp
+    is_token = [torch.ones_like(row, dtype=torch.bool) for row in rows["logp"]]
+    mask = padded(is_token)
+    advantages = torch.tensor(rows["advantage"])[:, None].expand_as(mask)
+    columns = scores(delta, advantages, mask, tau)
+    columns["A"] = advantages
+    columns["entropy"] = padded(rows["entropy"])
+    columns["−log π_old"] = -old_logp
+    columns["unsure"] = old_logp < math.log(0.9)
+    columns["future of −log π_old"] = fipo.future_kl(-old_logp, mask, tau) + old_logp
+    columns["left"] = mask.flip(1).cumsum(1).flip(1)
+
+    first, second = (padded(V) for V in rows["V"])  # [B, T + 1]
+    estimates = {"": (first + second) / 2, " 1": first, " 2": second}
+    for half, V in estimates.items():
+        n = CONTINUATIONS if half else 2 * CONTINUATIONS
+        columns[f"ΔV{half}"] = V.diff()
+        columns[f"key{half}"] = is_jump(V[:, :-1], V[:, 1:], n) & mask
+    # Two estimates of the same prefix differ by noise only.
+    columns["false"] = is_jump(first[:, :-1], second[:, :-1], CONTINUATIONS)
+    columns["ahead"] = until_next(columns["key"])
+    return pd.DataFrame({name: column[mask].numpy() for name, column in columns.items()})
 
 
-def describe(t: dict[str, Tensor]) -> dict[str, float]:
-    """What the key tokens are like, how sure that is, and f there."""
-    key, bad, dV, unsure = t["key"], t["ΔV"] < 0, t["ΔV"], unsure_tokens(t)
-    lead = (t["ahead"] > 0) & (t["ahead"] <= 8)
-    mean = {"key tokens, share": key, "false alarms, share": t["false"], "key tokens that are bad": bad[key],
-            "key tokens that the other half finds, too": t["key 2"][t["key 1"]],
-            "f at good key tokens": t["f"][key & ~bad], "f at bad key tokens": t["f"][key & bad],
-            "f elsewhere": t["f"][~key], "tokens with A > 0": t["A"] > 0,
-            "of the half with the largest F": t["A"][t["F"] > t["F"].median()] > 0,
-            "unsure tokens, share": unsure, "sure ones of the 8 before a key token": ~unsure[lead]}  # fmt: skip
-    return {name: x.float().mean().item() for name, x in mean.items()} | {
-        "tokens": len(key), "key tokens": key.sum().item(), "ΔV, rms": dV.square().mean().sqrt().item(),
-        "noise of ΔV, rms": (t["ΔV 1"] - t["ΔV 2"]).square().mean().sqrt().item() / 2,
-        "correlation of two halves": torch.corrcoef(torch.stack([t["ΔV 1"], t["ΔV 2"]]))[0, 1].item(),
-        "smallest jump of a key token": min(dV[key].abs().tolist(), default=math.nan)}  # fmt: skip
+def describe(t: pd.DataFrame) -> Numbers:
+    """The key tokens: how many, how certain, and f there."""
+    key = t["key"]
+    bad = t["ΔV"] < 0
+    means = {
+        "unsure tokens, share": t["unsure"],
+        "key tokens, share": key,
+        "key tokens that are bad": bad[key],
+        "key tokens that the other half finds, too": t["key 2"][t["key 1"]],
+        "false alarms, share": t["false"],
+        "f at good key tokens": t["f"][key & ~bad],
+        "f at bad key tokens": t["f"][key & bad],
+        "f elsewhere": t["f"][~key],
+        "sure ones of the 8 before a key token": ~t["unsure"][t["ahead"].between(1, 8)],
+    }
+    result = {name: column.mean() for name, column in means.items()}
+    noise = (t["ΔV 1"] - t["ΔV 2"]) / 2
+    result["tokens"] = len(t)
+    result["ΔV, rms"] = (t["ΔV"] ** 2).mean() ** 0.5
+    result["noise of ΔV, rms"] = (noise**2).mean() ** 0.5
+    result["correlation of two halves"] = t["ΔV 1"].corr(t["ΔV 2"])
+    return result
 
 
-def rank_tokens(t: dict[str, Tensor], name: str) -> dict[str, float]:
-    """How well every score tells key tokens from the rest, and the good ones from the bad."""
-    key, dV, unsure, found = t["key"], t["ΔV"], unsure_tokens(t), {}
-    for which in FINDERS:
-        found[f"AUC, {name}, {which}"] = auc(t[which], key)
-        found[f"AUC among unsure tokens, {name}, {which}"] = auc(t[which][unsure], key[unsure])
-        found[f"AUC of |ΔV| > 0.2, {name}, {which}"] = auc(t[which], dV.abs() > 0.2)
-    return found | {f"good from bad, {name}, {which}": auc(t[which][key], dV[key] >= 0) for which in ("Δ", "F", "A")}
+def rank(t: pd.DataFrame) -> Numbers:
+    """How well scores separate key tokens from others, good ones from bad, and what leads to them.
 
-
-def rank_leads(t: dict[str, Tensor], name: str) -> dict[str, float]:
-    """How well scores tell the tokens d before a key token from those with none here or among the next LEAD, and as
-    many tokens left: F sums over them."""
-    found = {}
+    The tokens d before a key token are compared with tokens that have no key token here or among
+    the next LEAD, and as many tokens left, over which F sums.
+    """
+    result = {}
+    unsure = t[t["unsure"]]
+    for name in FINDERS:
+        area = auc(t[name], t["key"])
+        area_among_unsure = auc(unsure[name], unsure["key"])
+        result[f"AUC, at the update, {name}"] = area
+        result[f"AUC among unsure tokens, at the update, {name}"] = area_among_unsure
+    key = t[t["key"]]
+    is_good = key["ΔV"] >= 0
+    for name in ("Δ", "F", "A"):
+        result[f"good from bad, at the update, {name}"] = auc(key[name], is_good)
+    leads_to_none = t["ahead"] > LEAD
     for d in range(LEAD + 1):
-        there = t["ahead"] == d
-        some = there | (t["ahead"] > LEAD)
-        for which in LEADERS:
-            found[f"{d} before, {name}, {which}"] = auc_within(t[which][some], there[some], t["left"][some])
-    return found
+        is_lead = t["ahead"] == d
+        compared = t[is_lead | leads_to_none]
+        for name in LEADERS:
+            area = auc(compared[name], is_lead[compared.index], compared["left"])
+            result[f"{d} before, at the update, {name}"] = area
+    return result
 
 
-def find_at(seed: int, step: int) -> dict[str, float]:
-    """Part 2 for one seed and step: a flat table of numbers. NaN where there is nothing to tell."""
-    found = describe(read_truth(seed, step))
-    for when, name in (("logp", "at the update"), ("after", "after the step")):
-        t = read_truth(seed, step, when)
-        found |= rank_tokens(t, name) | rank_leads(t, name)
-        for tau in TAUS:
-            at = read_truth(seed, step, when, tau)
-            found |= {f"AUC, {name}, {which}, τ = {tau}": auc(at[which], at["key"]) for which in ("|F|", "f")}
-    return found
+def find(seed: int, step: int) -> Numbers:
+    """All numbers of part 2. NaN where there is no such token."""
+    tokens = read_tokens(seed, step)
+    result = describe(tokens) | rank(tokens)
+    for tau in TAUS:
+        tokens = read_tokens(seed, step, tau)
+        for name in ("|F|", "f"):
+            result[f"AUC, at the update, {name}, τ = {tau}"] = auc(tokens[name], tokens["key"])
+    return result
 
 
-# ---------------------------------------------------------------------------------- 3. What f does with it
+# -------------------------------------------------------------------- 3. How f turns the gradient
 def cosine_bound(low: float, high: float) -> float:
-    """Weights w in [low, high] on orthogonal token gradients g_t turn their sum by no more than this cosine.
+    """The least cosine of Σ w_t g_t to Σ g_t, for orthogonal g_t and weights w_t in [low, high].
 
-    With p_t = |g_t|² / Σ|g|²: cos = E[w] / √E[w²], and (w − a)(b − w) ≥ 0 gives E[w²] ≤ (a + b) E[w] − ab. Then
-    cos² ≥ m² / ((a + b) m − ab) with m = E[w], smallest at m = 2ab / (a + b): cos ≥ 2√(ab) / (a + b) (Kantorovich).
-    Where token gradients cancel, their sum is small beside its parts, and weights may turn it by any angle."""
-    return 2 * math.sqrt(low * high) / (low + high) if math.isfinite(high) else 0.0
+    With p_t = |g_t|² / Σ|g|², cos = E[w] / √E[w²]. Since (w − a)(b − w) ≥ 0,
+    E[w²] ≤ (a + b) E[w] − ab, so cos² ≥ m² / ((a + b) m − ab) with m = E[w]. That is smallest at
+    m = 2ab / (a + b), where cos = 2√(ab) / (a + b) (Kantorovich). Where the g_t cancel, their sum
+    can turn by any angle.
+    """
+    if high == math.inf:
+        return 0.0
+    return 2 * math.sqrt(low * high) / (low + high)
 
 
-def gradient(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.Config, bounds: tuple[float, float]) -> Tensor:
-    """The loss's gradient with f in `bounds`, as one vector. Weights and optimiser stay."""
-    fipo.add_gradients(policy, mini_batch, replace(cfg, weight_range=list(bounds)))
+def cosine(a: Tensor, b: Tensor) -> float:
+    a = a.double()
+    b = b.double()
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+DAPO_RANGE = (1.0, 1.0)
+
+
+def gradient(
+    policy: Policy,
+    mini_batch: list[Rollout],
+    cfg: Config,
+    weight_range: tuple[float, float] = DAPO_RANGE,
+) -> Tensor:
+    """The gradient of the loss as one vector. The policy is left as it was."""
+    fipo.add_gradients(policy, mini_batch, replace(cfg, weight_range=list(weight_range)))
     vector = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     policy.optimizer.zero_grad()
     return vector
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    return (a @ b / (a.norm() * b.norm())).item()
-
-
-def squared_gradients(policy: fipo.Policy, r: Rollout, cfg: fipo.Config) -> Tensor:
-    """|g_t|² of every token's own gradient of DAPO's loss, [T], with 1 for the common denominator."""
-    input_ids, mask, old_logp, advantages = fipo.collate([r], policy.device)
-    logp, _ = policy.logprobs(input_ids, mask)
-    how = dict(weight_range=(1.0, 1.0), clip_low=cfg.clip_low, clip_high=cfg.clip_high, num_tokens=1)
-    loss, _ = fipo.fipo_loss(logp, old_logp, advantages, mask, **how)
-    (by_logp,) = torch.autograd.grad(loss, logp, retain_graph=True)
-    weights, squares = list(policy.model.parameters()), []
-    for at in mask[0].nonzero()[:, 0].tolist():  # 0 where the ratio is clipped
-        parts = torch.autograd.grad(logp[0, at] * by_logp[0, at], weights, retain_graph=True)
-        squares.append(sum(part.square().sum().item() for part in parts))
-    return torch.tensor(squares)
-
-
-def token_by_token(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.Config, total: Tensor) -> dict[str, float]:
-    """How far DAPO's token gradients g_t cancel (|Σg|² / Σ|g|²: 1 if orthogonal), what share of Σ|g|² the top tenth of
-    the tokens has, and what f would do if they were orthogonal. `total`: the gradient of their mean."""
-    squares = torch.cat([squared_gradients(policy, r, cfg) for r in mini_batch]).double()
-    share = squares / squares.sum()
-    row = {"|Σg|² / Σ|g|²": (total.double().square().sum() * len(squares) ** 2 / squares.sum()).item(),
-           "share of the top tenth": share.sort(descending=True).values[: len(share) // 10].sum().item()}  # fmt: skip
-    for name, bounds in RANGES.items():
-        f = torch.cat([weigh(r.logp - r.old_logp, r.advantage, weight_range=bounds)[1] for r in mini_batch]).double()
-        row[f"if orthogonal: {name}"] = ((share * f).sum() / (share * f * f).sum().sqrt()).item()
+def compare_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> Numbers:
+    """Cosine and norm of FIPO's gradient relative to DAPO's, for every range of f."""
+    row = {}
+    dapo = gradient(policy, mini_batch, cfg)
+    for name, weight_range in RANGES.items():
+        g = gradient(policy, mini_batch, cfg, weight_range)
+        row[f"cosine: {name}"] = cosine(g, dapo)
+        row[f"norm: {name}"] = (g.norm() / dapo.norm()).item()
     return row
 
 
-def agreement(vectors: list[Tensor]) -> float:
-    """The mean cosine between two of the vectors."""
-    unit, n = torch.stack([v / v.norm() for v in vectors]), len(vectors)
-    return (unit.sum(0).square().sum().item() - n) / (n * (n - 1))
+def squared_gradients(policy: Policy, r: Rollout) -> Tensor:
+    """|g_t|² of every token's own gradient of DAPO's loss, which is a sum here, [T]."""
+    input_ids, mask, old_logp, advantages = fipo.collate([r], policy.device)
+    logp, _ = fipo.token_logprobs(policy.model, input_ids, mask)
+    loss, _ = fipo.fipo_loss(
+        logp, old_logp, advantages, mask, weight_range=DAPO_RANGE, num_tokens=1
+    )
+    (by_logp,) = torch.autograd.grad(loss, logp, retain_graph=True)
+    token_losses = (logp * by_logp)[mask]  # their gradients are those of the loss
+    parameters = list(policy.model.parameters())
+    squares = []
+    for token_loss in token_losses:
+        parts = torch.autograd.grad(token_loss, parameters, retain_graph=True)
+        square = sum(part.square().sum() for part in parts)
+        squares.append(square)
+    return torch.stack(squares)
 
 
-def compare_gradients(policy: fipo.Policy, mini_batch: list[Rollout], cfg: fipo.Config) -> tuple[dict, dict]:
-    """FIPO's gradient against DAPO's on the same mini-batch and weights, for each range of f: cosine and ratio of the
-    norms; and as vectors DAPO's gradient and FIPO's turn, the part of its direction that is not DAPO's."""
-    dapo, row = gradient(policy, mini_batch, cfg, (1.0, 1.0)), {}
-    vectors = {"DAPO": dapo}
-    for name, bounds in RANGES.items():
-        g = gradient(policy, mini_batch, cfg, bounds)
-        row |= {f"cosine: {name}": cosine(g, dapo), f"norm: {name}": (g.norm() / dapo.norm()).item()}
-        vectors[name] = g / g.norm() - row[f"cosine: {name}"] * dapo / dapo.norm()
-    return row, vectors
+def token_by_token(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> Numbers:
+    """How far DAPO's token gradients g_t cancel, and FIPO's cosine to DAPO if they were orthogonal.
+
+    |Σg|² / Σ|g|² is 1 if they are orthogonal, and 0 if they cancel.
+    """
+    mean = gradient(policy, mini_batch, cfg).double()
+    squares = torch.cat([squared_gradients(policy, r) for r in mini_batch]).double()
+    total = (mean * len(squares)).square().sum()
+    share = squares / squares.sum()
+    row = {"|Σg|² / Σ|g|²": (total / squares.sum()).item()}
+    for name, weight_range in RANGES.items():
+        weights = []
+        for r in mini_batch:
+            mask = torch.ones(1, len(r.logp))
+            delta = (r.logp - r.old_logp)[None]
+            advantages = r.advantage * mask
+            _, f = fipo.influence_weight(delta, advantages, mask, weight_range=weight_range)
+            weights.append(f[0])
+        w = torch.cat(weights).double()
+        cosine_to_dapo = (share * w).sum() / (share * w * w).sum().sqrt()
+        row[f"if orthogonal: {name}"] = cosine_to_dapo.item()
+    return row
 
 
-def record_gradients(seed: int, lr: float) -> None:
-    """Part 3 for one seed and learning rate: a JSON file of rows, one for each update."""
-    file, rows = gradient_file(seed, lr), []
-    if file.exists():
-        return
-    cfg = settings(seed=seed, steps=STEPS[-1], lr=lr)
-    seen: list[dict[str, Tensor]] = []  # the vectors of a step's updates
-    for step, i, sampler, mini_batches in updates(cfg):
-        if step in STEPS:
-            row, vectors = compare_gradients(sampler.policy, mini_batches[i], cfg)
-            seen.append(vectors)
-            if i + 1 < len(mini_batches):  # the next mini-batch has taught nothing yet either
-                other = gradient(sampler.policy, mini_batches[i + 1], cfg, (1.0, 1.0))
-                row["cosine: another mini-batch"] = cosine(vectors["DAPO"], other)
-            else:  # at a first update FIPO does not turn
-                row |= {f"agreement: {name}": agreement([each[name] for each in seen[1:]]) for name in vectors}
-                row |= token_by_token(sampler.policy, mini_batches[i], cfg, vectors["DAPO"])
-                seen.clear()
-            rows.append({"lr": lr, "seed": seed, "step": step, "update": i + 1} | row)
-    write_json(file, rows)
+def record_gradients(seed: int) -> None:
+    """Save one row for every update of the steps in STEPS, for every learning rate."""
+    os.makedirs(RUNS / "gradients", exist_ok=True)
+    for lr in RATES:
+        file = gradient_file(seed, lr)
+        if file.exists():
+            continue
+        rows = []
+        cfg = settings(seed=seed, steps=STEPS[-1], lr=lr)
+        for step, i, policy, mini_batches in updates(cfg):
+            if step not in STEPS:
+                continue
+            row = compare_gradients(policy, mini_batches[i], cfg)
+            if i + 1 < len(mini_batches):
+                here = gradient(policy, mini_batches[i], cfg)
+                other = gradient(policy, mini_batches[i + 1], cfg)
+                row["cosine: another mini-batch"] = cosine(here, other)
+            else:
+                row |= token_by_token(policy, mini_batches[i], cfg)
+            rows.append(row | {"seed": seed, "step": step, "update": i + 1})
+        file.write_text(json.dumps(rows))
 
 
-# -------------------------------------------------------------------------------------- 4. – 6. Training with it
-SMALL = dict(group_size=8, prompts_per_batch=16, prompts_per_mini_batch=2, max_gen_rounds=100, lr=BEST_LR,
-             rollout_rows=256)  # fmt: skip
-FEW, SURE = 32, 0.95  # the oracle's continuations of a prefix; and the tokens it takes to move the value by nothing
-JUMP = 0.2  # a move of the value by so much brings the oracle's f to its upper bound
-WIDE = dict(weight_range=[0.5, 2.0])
-PLAIN, MORE = dict(lr=BEST_LR), dict(prompts_per_mini_batch=1, lr=5e-5)  # 8 updates a batch, and 32
-LONG = dict(lr=BEST_LR, pretrain_steps=3000)  # the longer horizon of scripts/bench_compare.py
-TUNING, ARM_SEEDS = range(100, 102), range(10)  # seeds to choose by; of parts 4 and 5
+# -------------------------------------------------------------- 4. Training with f or an oracle
 EVERY = 2  # steps between two evaluations
+FEW = 32  # continuations of a prefix for the oracle
+JUMP = 0.2  # the ΔV at which the oracle's f reaches its upper bound
+SMALL = dict(
+    group_size=8,
+    prompts_per_batch=16,
+    prompts_per_mini_batch=2,
+    max_gen_rounds=100,
+    lr=BEST_LR,
+    rollout_rows=256,
+)
+DAPO = dict(algorithm="dapo")
+WIDE = dict(weight_range=[0.5, 2.0])
+PLAIN = dict(lr=BEST_LR)  # 8 updates a batch
+MORE = dict(prompts_per_mini_batch=1, lr=5e-5)  # 32 updates a batch; DAPO's best learning rate
+LONG = dict(lr=BEST_LR, pretrain_steps=3000)  # the longer horizon of bench_compare.py
+HALVES = (
+    "largest",
+    "random",
+    "smallest",
+    "moved",
+    "own-largest",
+    "own-smallest",
+    "own-early",
+)
 
-# Part -> arm -> what it changes in fipo.py (see train_arm), settings, seeds
-ARMS: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
-    "tune": {f"{kind}dapo-{lr:g}": ("", how | dict(algorithm="dapo", lr=lr), TUNING)
-             for kind, how, rates in (("", SMALL, (1e-4, 2e-4, 4e-4)), ("more-", MORE, (2.5e-5, 5e-5, 1e-4, 2e-4)))
-             for lr in rates},
-    "matters": {
-        "dapo": ("", SMALL | dict(algorithm="dapo"), ARM_SEEDS),
-        "fipo": ("", SMALL, ARM_SEEDS),
-        "fipo-wide": ("", SMALL | WIDE, ARM_SEEDS),
-        "oracle": ("oracle", SMALL, ARM_SEEDS),
-        "oracle-wide": ("oracle", SMALL | WIDE, ARM_SEEDS),
-        "values": ("values", SMALL, ARM_SEEDS),
-    },
-    "half": {name: (name, SMALL | dict(algorithm="dapo"), ARM_SEEDS)
-             for name in ("largest", "random", "smallest", "moved", "own-largest", "own-smallest", "own-early")},
-    "setting": {f"{kind}{name}": ("", how | change, TUNING)
-                for kind, how in {"": PLAIN, "more-": MORE, "long-": LONG, "long-more-": LONG | MORE}.items()
-                for name, change in {"dapo": dict(algorithm="dapo"), "wide": WIDE}.items()}
-               | {"more-fipo": ("", MORE, TUNING)},
-}  # fmt: skip
-CHOSEN = "long-more-wide"  # where FIPO's area was least below DAPO's in `setting`, on the seeds to choose by
-ARMS["final"] = {arm: (*ARMS["setting"][arm][:2], SEEDS) for arm in (CHOSEN, CHOSEN.replace("wide", "dapo"))}
+# Part -> arm -> settings
+ARMS: dict[str, dict[str, dict[str, Any]]] = {}
+ARMS["matters"] = {
+    "dapo": SMALL | DAPO,
+    "fipo": SMALL,
+    "fipo-wide": SMALL | WIDE,
+    "oracle": SMALL,
+    "oracle-wide": SMALL | WIDE,
+    "values": SMALL,
+}
+ARMS["half"] = {half: SMALL | DAPO for half in HALVES}
+ARMS["setting"] = {
+    "dapo": PLAIN | DAPO,
+    "wide": PLAIN | WIDE,
+    "more-dapo": MORE | DAPO,
+    "more-fipo": MORE,
+    "more-wide": MORE | WIDE,
+    "long-dapo": LONG | DAPO,
+    "long-wide": LONG | WIDE,
+    "long-more-dapo": LONG | MORE | DAPO,
+    "long-more-wide": LONG | MORE | WIDE,
+}
+# FIPO's best arm of `setting`, and DAPO with the same settings
+ARMS["final"] = {arm: ARMS["setting"][arm] for arm in ("long-more-dapo", "long-more-wide")}
+ARM_SEEDS = {
+    "matters": range(10),
+    "half": range(10),
+    "setting": range(100, 102),
+    "final": SEEDS,
+}
 
 
-def know_values(cfg: fipo.Config, weigh: Callable[[Rollout, Tensor], Tensor]) -> None:
-    """Let fipo.py train with the advantages weigh(response, ΔV), [T]. ΔV is estimated at every step, at each
-    eighth once more: `oracle/correlation` in metrics.jsonl is that of both."""
-    score_old_logp, collate, calls = fipo.score_old_logp, fipo.collate, itertools.count()
+def use_token_advantages(cfg: Config, advantages: Callable[[Rollout, Tensor], Tensor]) -> None:
+    """Make fipo.py train with advantages(response, ΔV), [T]. ΔV is estimated at every step."""
+    score_old_logp = fipo.score_old_logp
+    collate = fipo.collate
 
-    def value(policy: fipo.Policy, mini_batches: list[list[Rollout]]) -> dict[str, float]:
+    def score_and_estimate(policy: Policy, mini_batches: list[list[Rollout]]) -> dict:
         rollouts = [r for mini_batch in mini_batches for r in mini_batch]
-        estimate = partial(values, fipo.HFSampler(policy), rollouts, FEW, cfg, sure=SURE)
-        moves = [V.diff() for V in estimate((cfg.seed, "oracle"))]
-        for r, delta_V in zip(rollouts, moves):
-            r.advantages = weigh(r, delta_V)
-        metrics = score_old_logp(policy, mini_batches)
-        if next(calls) % 8 == 0:
-            both = torch.stack([torch.cat(moves), torch.cat([V.diff() for V in estimate((cfg.seed, "again"))])])
-            metrics["oracle/correlation"] = torch.corrcoef(both)[0, 1].item()
-        return metrics
+        purpose = (cfg.seed, "oracle")
+        V = values(policy, rollouts, FEW, cfg, purpose, sure=0.95)
+        for r, V_of_r in zip(rollouts, V):
+            r.advantages = advantages(r, V_of_r.diff())
+        return score_old_logp(policy, mini_batches)
 
-    def with_advantages(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
+    def collate_tokens(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
         input_ids, mask, old_logp, _ = collate(rollouts, device)
-        advantages = torch.zeros(mask.shape)
-        advantages[mask] = torch.cat([r.advantages for r in rollouts])
-        return input_ids, mask, old_logp, advantages  # [B, L]
+        by_token = torch.cat([r.advantages for r in rollouts])
+        advantages = torch.zeros(mask.shape).masked_scatter(mask, by_token)
+        return input_ids, mask, old_logp, advantages  # [B, L] each
 
-    fipo.score_old_logp, fipo.collate = value, with_advantages
+    fipo.score_old_logp = score_and_estimate
+    fipo.collate = collate_tokens
 
 
-def oracle_weight(r: Rollout, delta_V: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """The oracle's f: large where a token moved the value the way the outcome went, small where against it."""
-    toward = delta_V if r.correct else -delta_V
-    return (bounds[1] ** (toward / JUMP)).clamp(*bounds)
+def oracle_weight(r: Rollout, delta_V: Tensor, low: float, high: float) -> Tensor:
+    """The oracle's f: large where V moved towards the outcome, small where it moved away."""
+    towards = delta_V if r.correct else -delta_V
+    return (high ** (towards / JUMP)).clamp(low, high)
 
 
 def learn_from_half(which: str, seed: int) -> None:
-    """Let fipo.py learn from half of the tokens, each counting twice: those with the largest F (f before its bounds),
-    the smallest, or random ones; and, since F may only go with them, those that moved most or that come first. Of a
-    mini-batch (in one micro-batch), or with "own-" of each response. At a first update F is 0 but for rounding, so
-    there the half is random."""
-    weigh = fipo.influence_weight
+    """Make fipo.py train on half of the tokens of a mini-batch, which is one micro-batch.
 
-    def choose(delta_logp: Tensor, advantages: Tensor, mask: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-        F, _ = weigh(delta_logp, advantages, mask, **how)
-        chance = fipo.derive_seed(seed, mask.sum().item(), delta_logp.sum().item())
-        rank = torch.rand(F.shape, generator=torch.Generator().manual_seed(chance))
-        ranks = {"largest": F, "smallest": -F, "moved": delta_logp.abs(), "early": -mask.cumsum(1).float()}
-        if delta_logp.abs().max() > 1e-3:
-            rank = ranks.get(which.removeprefix("own-"), rank)
-        order = rank.masked_fill(~mask, -math.inf)
-        place = order.argsort(1, descending=True).argsort(1)  # of a token among its response's, [B, L]
-        if not which.startswith("own"):
-            place = order.flatten().argsort(descending=True).argsort().view_as(F)
-        size = mask.sum(1, keepdim=True) if which.startswith("own") else mask.sum()
-        return F, 2.0 * (mask & (place < size // 2))
+    The half has the largest F, the smallest, the largest |Δlog p| ("moved"), or is random. With
+    "own-", it is half of each response, where "early" takes the first tokens. At the first update
+    F is 0 but for rounding, so there the half is random.
+    """
+    influence_weight = fipo.influence_weight
+    criterion = which.removeprefix("own-")
 
-    fipo.influence_weight = choose
+    def select_half(
+        delta: Tensor, advantages: Tensor, mask: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        F, _ = influence_weight(delta, advantages, mask, **options)
+        if criterion == "random" or delta.abs().max() <= 1e-3:
+            draw = fipo.derive_seed(seed, mask.sum().item(), delta.sum().item())
+            order = torch.rand(F.shape, generator=torch.Generator().manual_seed(draw))
+        elif criterion == "largest":
+            order = F
+        elif criterion == "smallest":
+            order = -F
+        elif criterion == "moved":
+            order = delta.abs()
+        else:
+            order = -mask.cumsum(1).float()
+        order = order.masked_fill(~mask, -math.inf)
+        if not which.startswith("own-"):
+            order = order.reshape(1, -1)  # rank all tokens together
+        rank = order.argsort(1, descending=True).argsort(1)
+        tokens = order.isfinite().sum(1, keepdim=True)
+        chosen = rank < tokens // 2
+        return F, 2.0 * chosen.view_as(F)  # twice, so that the loss is still a mean over tokens
+
+    fipo.influence_weight = select_half
 
 
 def train_arm(part: str, arm: str, seed: int) -> None:
-    """One run of a part, in a process of its own, since it changes fipo.py; its output goes to a file."""
-    out, (change, how, _) = arm_folder(part, arm, seed), ARMS[part][arm]
+    """Do one run, in a process of its own, since it may replace functions of fipo.py."""
+    out = RUNS / part / f"{arm}-{seed}"
     if (out / "done").exists():
         return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if "pretrain_steps" in how:
-            bench_compare.lengthen_the_task()
-        cfg = settings(**how, seed=seed, eval_every=EVERY, save_every=8, log_samples=0)
-        cfg, bounds = replace(cfg, out=str(out), resume=True), tuple(cfg.weight_range)
-        if change == "oracle":
-            know_values(cfg, lambda r, delta_V: r.advantage * oracle_weight(r, delta_V, bounds))
-        elif change == "values":  # VinePPO's advantage: what the token did to the value, without a penalty for length
-            know_values(cfg, lambda r, delta_V: delta_V)
-        elif change:
-            learn_from_half(change, seed)
-        try:  # the oracle's f is in its advantages already
-            fipo.train(replace(cfg, weight_range=[1.0, 1.0]) if change else cfg)
-        except fipo.NoSignal:
-            if train_small.read_jsonl(out / "metrics.jsonl")[-1]["accuracy"] < 0.9:
-                raise  # else all is right, and nothing left to learn
+    changes = ARMS[part][arm]
+    if "pretrain_steps" in changes:
+        bench_compare.lengthen_the_task()
+    cfg = settings(
+        **changes,
+        seed=seed,
+        out=str(out),
+        resume=True,
+        eval_every=EVERY,
+        save_every=8,
+        log_samples=0,
+    )
+    low, high = cfg.weight_range
+    dapo = replace(cfg, weight_range=list(DAPO_RANGE))
+    if arm.startswith("oracle"):
+        use_token_advantages(cfg, lambda r, dV: r.advantage * oracle_weight(r, dV, low, high))
+        cfg = dapo  # the oracle's f is part of these advantages
+    elif arm == "values":
+        use_token_advantages(cfg, lambda r, dV: dV)  # VinePPO's, without a length penalty
+        cfg = dapo
+    elif part == "half":
+        learn_from_half(arm, seed)
+    try:
+        fipo.train(cfg)
+    except fipo.NoSignal:
+        last = train_small.read_jsonl(out / "metrics.jsonl")[-1]
+        if last["accuracy"] < 0.9:
+            raise
     (out / "done").touch()
     shutil.rmtree(out / "checkpoints")
 
 
-def make_long_base() -> None:
+def make_long_task(pretrain_steps: int) -> None:
     bench_compare.lengthen_the_task()
-    settings(**LONG)
+    settings(pretrain_steps)
 
 
-def train_arms(part: str) -> None:
-    if any("pretrain_steps" in how for _, how, _ in ARMS[part].values()):
-        side_by_side([make_long_base])  # in a process of its own, since it changes train_small.py
-    jobs = [(seed, arm) for arm, (_, _, seeds) in ARMS[part].items() for seed in seeds]
-    side_by_side([partial(train_arm, part, arm, seed) for seed, arm in sorted(jobs)])
+def run_in_processes(job: Callable[[Any], None], arguments: Iterable[Any]) -> None:
+    """Call job(argument) for every argument, two at a time, each in a new process."""
+    with ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:
+        # The list raises the first error, and then nothing more is started.
+        list(pool.map(job, arguments))
 
 
-# --------------------------------------------------------------------------------------------- What came out
-Spread = tuple[float, float | None, int]  # mean over seeds, half of its 95 % interval, number of seeds
+# ----------------------------------------------------------------------------------- 5. The report
+class Spread(NamedTuple):
+    mean: float
+    half: float | None  # of the 95 % interval; None for one seed
+    n: int
 
 
-def spread_of(values: list[float]) -> Spread:
-    return *interval(values), len(values)
+Table = dict[Any, dict[str, Spread]]
 
 
-def over_seeds(rows: list[dict[str, float]]) -> dict[str, Spread]:
-    """Every number over the rows that have it: a seed without a good key token tells nothing about those."""
-    known = {name: [row[name] for row in rows if math.isfinite(row[name])] for name in rows[0]}
-    return {name: spread_of(values) for name, values in known.items() if values}
+def over_seeds(rows: pd.DataFrame) -> dict[str, Spread]:
+    """The spread of every column. A seed without a value is left out."""
+    result = {}
+    for name, column in rows.items():
+        numbers = column.dropna().tolist()
+        if numbers:
+            result[name] = Spread(*bench_compare.interval(numbers), len(numbers))
+    return result
 
 
-def read_gradients(lr: float) -> list[dict[str, float]]:
-    files = [gradient_file(seed, lr) for seed in SEEDS]
-    rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
-    fipo.require(rows, f"{RUNS}/gradients has no rows for lr {lr:g}: run `credit.py gradients` first.")
+def read_gradients(lr: float) -> pd.DataFrame:
+    """The rows of all seeds. FIPO's are blank at the first update of a step, where f is 1."""
+    rows = pd.concat([pd.read_json(gradient_file(seed, lr)) for seed in SEEDS], ignore_index=True)
+    is_last = rows["cosine: another mini-batch"].isna()
+    for name in RANGES:
+        for column in (f"cosine: {name}", f"norm: {name}"):
+            rows[column] = rows[column].where(rows["update"] > 1)
+        rows[f"last cosine: {name}"] = rows[f"cosine: {name}"].where(is_last)
     return rows
 
 
-def gradients_at(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The updates of one step and seed: means from the second update on, and what is told of the last one."""
-    names = [f"{what}: {name}" for name in RANGES for what in ("cosine", "norm")]
-    found = {name: fmean(row[name] for row in rows[1:]) for name in names}
-    found |= {f"last cosine: {name}": rows[-1][f"cosine: {name}"] for name in RANGES}
-    found["cosine: another mini-batch"] = fmean(row["cosine: another mini-batch"] for row in rows[:-1])
-    return found | {name: rows[-1][name] for name in rows[-1] if name not in rows[0]}
+def against_the_bound(rows: pd.DataFrame, name: str) -> Numbers:
+    """The least cosine of all updates, and the share of them below the bound."""
+    cosines = rows[f"cosine: {name}"].dropna()
+    bound = cosine_bound(*RANGES[name])
+    below = (cosines < bound).mean()
+    return {"bound": bound, "least": cosines.min(), "below": below, "n": len(cosines)}
 
 
-def gradient_tables(lr: float) -> dict[str, dict[str, Spread]]:
-    """Over seeds: every step, and the mean of the steps."""
-    rows, by_seed, tables = read_gradients(lr), {}, {}
-    for row in rows:
-        by_seed.setdefault(row["seed"], {}).setdefault(row["step"], []).append(row)
-    seeds = [{step: gradients_at(of_step) for step, of_step in steps.items()} for steps in by_seed.values()]
-    for step in STEPS:
-        tables[f"lr {lr:g}, step {step}"] = over_seeds([steps[step] for steps in seeds])
-    means = [{name: fmean(found[name] for found in steps.values()) for name in steps[STEPS[0]]} for steps in seeds]
-    return tables | {f"lr {lr:g}": over_seeds(means)}
-
-
-def against_the_bound(lr: float) -> dict[str, dict[str, float]]:
-    """The least cosine of all updates after a first one, and the share of them below the bound."""
-    rows = [row for row in read_gradients(lr) if row["update"] > 1]
-    found = {}
-    for name, bounds in RANGES.items():
-        bound, cosines = cosine_bound(*bounds), [row[f"cosine: {name}"] for row in rows]
-        below = fmean(x < bound for x in cosines)
-        found[f"lr {lr:g}, f in {name}"] = {"bound": bound, "least": min(cosines), "below": below, "n": len(cosines)}
-    return found
-
-
-def read_run(part: str, arm: str, seed: int) -> dict[str, Any]:
-    """Area under the accuracy curve, final accuracy and length; means of what is logged; the curve. A run that ended
-    early, with nothing left to learn, stays where it was."""
-    folder = arm_folder(part, arm, seed)
-    lines = train_small.read_jsonl(folder / "metrics.jsonl")
+def read_run(folder: Path) -> dict[str, Any]:
+    """Area under the accuracy curve, final accuracy and length, and the curve of a run."""
     steps = json.loads((folder / "config.json").read_text())["steps"]
-    seen = [x for x in lines if "eval/accuracy" in x]
-    seen += [seen[-1] | {"step": step} for step in range(seen[-1]["step"] + EVERY, steps + 1, EVERY)]
-    logged = {name: [x[name] for x in lines if name in x] for name in ("oracle/correlation", "influence_last")}
-    means = {name: fmean(values) if values else None for name, values in logged.items()}
-    curve = [x["eval/accuracy"] for x in seen]
-    return {"part": part, "arm": arm, "seed": seed, **bench_compare.summary(seen), **means, "curve": curve}
+    lines = train_small.read_jsonl(folder / "metrics.jsonl")
+    evaluations = [line for line in lines if "eval/accuracy" in line]
+    # A run that ended early, because all was right, stays where it was.
+    last = evaluations[-1]
+    for step in range(last["step"] + EVERY, steps + 1, EVERY):
+        evaluations.append(last | {"step": step})
+    arm, seed = folder.name.rsplit("-", 1)
+    row = {"part": folder.parent.name, "arm": arm, "seed": int(seed)}
+    row |= bench_compare.summary(evaluations)
+    row["curve"] = " ".join(f"{line['eval/accuracy']:.4f}" for line in evaluations)
+    return row
 
 
-def read_runs() -> list[dict[str, Any]]:  # all that are done
-    every = [(part, arm, seed) for part, arms in ARMS.items() for arm, (_, _, seeds) in arms.items() for seed in seeds]
-    return [read_run(*which) for which in every if (arm_folder(*which) / "done").exists()]
-
-
-def rivals(part: str, arm: str) -> dict[str, tuple[str, str]]:
-    """What an arm is compared with, as part and arm: DAPO with the same settings; an oracle with FIPO in the same range
-    of f; a half with a random one, and the largest F with the smallest."""
-    kind = arm.removesuffix(arm.split("-")[-1]) if part in ("setting", "final") else ""
-    found = {"DAPO": ("matters" if part == "half" else part, f"{kind}dapo")}
-    if "oracle" in arm:
-        found["FIPO"] = part, arm.replace("oracle", "fipo")
+def rivals(part: str, arm: str) -> dict[str, str]:
+    """The arms that an arm is compared with."""
+    if part == "matters":
+        fipo_arm = arm.replace("oracle", "fipo")
+        return {"DAPO": "matters: dapo", "FIPO": f"matters: {fipo_arm}"}
     if part == "half":
-        found |= {"random": (part, "random"), "smallest": (part, arm.replace("largest", "smallest"))}
-    return {name: other for name, other in found.items() if other != (part, arm)}
+        smallest = arm.replace("largest", "smallest")
+        return {
+            "DAPO": "matters: dapo",
+            "random": "half: random",
+            "smallest": f"half: {smallest}",
+        }
+    kind = arm.removesuffix(arm.split("-")[-1])  # "", "more-", "long-" or "long-more-"
+    return {"DAPO": f"{part}: {kind}dapo"}
 
 
-def against_rivals(runs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
-    """Part and arm -> over seeds, and the differences to its rivals, paired by seed."""
-    by_arm: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for row in runs:
-        by_arm.setdefault((row["part"], row["arm"]), {})[row["seed"]] = row
-    found = {}
-    for which, mine in by_arm.items():
-        columns = {key: [row[key] for row in mine.values() if row[key] is not None]
-                   for key in ("area", "final", "length", "oracle/correlation", "influence_last")}  # fmt: skip
-        for name, rival in rivals(*which).items():
-            pairs = [(row, by_arm[rival][seed]) for seed, row in mine.items() if seed in by_arm.get(rival, {})]
-            columns |= {f"{key} − {name}": [a[key] - b[key] for a, b in pairs] for key in ("area", "final", "length")}
-        found[": ".join(which)] = {key: spread_of(values) for key, values in columns.items() if values}
-    return found
-
-
-def told(value: Any) -> str:
-    if isinstance(value, tuple):
-        mean, half, n = value
-        return f"{mean:.4g}" + ("" if half is None else f" ± {half:.2g}") + f" ({n})"
-    return f"{value:.4g}" if isinstance(value, float) else str(value or "")
-
-
-def table(what: str, columns: dict[Any, dict[str, Any]]) -> None:
-    print(" | ".join([f"\n{what}", *map(str, columns)]))
-    for name in dict.fromkeys(name for column in columns.values() for name in column):
-        print(" | ".join([name, *(told(column.get(name)) for column in columns.values())]))
-
-
-def find() -> dict[int, dict[str, Spread]]:
-    """Part 2: for every step its numbers, over seeds."""
-    found = {}
-    for step in STEPS:
-        seeds = [seed for seed in SEEDS if truth_file(seed, step).exists()]
-        fipo.require(seeds, f"{RUNS}/truth has no file of step {step}: run `credit.py truth` first.")
-        found[step] = over_seeds([find_at(seed, step) for seed in fipo.progress(seeds, desc=f"step {step}")])
-    table("step", found)
-    return found
+def against_rivals(runs: pd.DataFrame) -> Table:
+    """Every arm over seeds, and its differences to its rivals, paired by seed."""
+    arms = {}
+    for (part, arm), rows in runs.groupby(["part", "arm"], sort=False):
+        arms[f"{part}: {arm}"] = rows.set_index("seed")
+    result = {}
+    for name, rows in arms.items():
+        numbers = rows[["area", "final", "length"]]
+        columns = [numbers]
+        for label, rival in rivals(*name.split(": ")).items():
+            if rival in arms and rival != name:
+                difference = numbers - arms[rival][numbers.columns]
+                columns.append(difference.add_suffix(f" − {label}"))
+        result[name] = over_seeds(pd.concat(columns, axis=1))
+    return result
 
 
 def report() -> None:
-    results: dict[str, Any] = {"truth": find(), "gradients": {}, "bounds": {}}
+    """Write the results as tables and as a picture."""
+    truth = {}
+    for step in STEPS:
+        numbers = [find(seed, step) for seed in SEEDS]
+        truth[step] = over_seeds(pd.DataFrame(numbers))
+    gradients = {}
+    bounds = {}
     for lr in RATES:
-        results["gradients"] |= gradient_tables(lr)
-        results["bounds"] |= against_the_bound(lr)
-    runs = read_runs()
+        rows = read_gradients(lr)
+        by_step = rows.groupby(["seed", "step"]).mean()
+        by_seed = by_step.groupby("seed").mean()
+        gradients[f"lr {lr:g}"] = over_seeds(by_seed.drop(columns="update"))
+        for name in RANGES:
+            bounds[f"lr {lr:g}, f in {name}"] = against_the_bound(rows, name)
+    folders = sorted(done.parent for done in RUNS.glob("*/*/done"))
+    runs = pd.DataFrame([read_run(folder) for folder in folders])
+
+    results = {"truth": truth, "gradients": gradients, "bounds": bounds}
     results["runs"] = against_rivals(runs)
-    for name in ("gradients", "bounds", "runs"):
-        table(name, results[name])
     out = ROOT / "assets" / "results"
-    write_json(out / "credit.json", results)
-    rows = [row | {"curve": " ".join(f"{x:.4f}" for x in row["curve"])} for row in runs]
-    datasets.Dataset.from_list(rows).to_csv(out / "credit_runs.csv")
-    draw(results, ROOT / "assets" / "credit.png")
+    (out / "credit.json").write_text(json.dumps(results, indent=1) + "\n")
+    runs.to_csv(out / "credit_runs.csv", index=False)
+    draw(truth, results["runs"], rows, ROOT / "assets" / "credit.png")
 
 
 ARM_LABELS = {
-    "matters: fipo": "FIPO, f in [1, 1.2]", "matters: fipo-wide": "FIPO, f in [0.5, 2]",
-    "matters: oracle": "oracle, f in [1, 1.2]", "matters: oracle-wide": "oracle, f in [0.5, 2]",
-    "matters: values": "ΔV as the advantage", "half: largest": "half: largest F", "half: random": "half: random",
-    "half: smallest": "half: smallest F", "half: moved": "half: largest |Δlog p|",
-    "half: own-largest": "half of each response: largest F", "half: own-smallest": "half of each response: smallest F",
-    "half: own-early": "half of each response: the first", f"final: {CHOSEN}": "FIPO, the setting chosen",
-}  # fmt: skip
+    "matters: fipo": "FIPO, f in [1, 1.2]",
+    "matters: fipo-wide": "FIPO, f in [0.5, 2]",
+    "matters: oracle": "oracle, f in [1, 1.2]",
+    "matters: oracle-wide": "oracle, f in [0.5, 2]",
+    "matters: values": "ΔV as the advantage",
+    "half: largest": "half: largest F",
+    "half: random": "half: random",
+    "half: smallest": "half: smallest F",
+    "half: moved": "half: largest |Δlog p|",
+    "half: own-largest": "half of each response: largest F",
+    "half: own-smallest": "half of each response: smallest F",
+    "half: own-early": "half of each response: the first",
+    "final: long-more-wide": "FIPO, the setting chosen",
+}
 
 
-def draw_finders(axes: plt.Axes, truth: dict[int, dict[str, Spread]]) -> None:
-    for j, (step, found) in enumerate(truth.items()):
-        spread = [found[f"AUC, at the update, {which}"] for which in FINDERS]
-        where = [i + (j - 1.5) * 0.17 for i in range(len(FINDERS))]
-        width = [half or 0 for _, half, _ in spread]
-        axes.errorbar([m for m, *_ in spread], where, xerr=width, fmt="o", ms=4, label=f"step {step}")
-    axes.set(title="Who finds the tokens that decide?", xlabel="AUC: 0.5 is guessing, 1 finds them all",
-             yticks=range(len(FINDERS)), yticklabels=FINDERS.values(), xlim=(0.1, 1.02))  # fmt: skip
-    axes.axvline(0.5, color="grey", lw=1)
+def draw_finders(axes: plt.Axes, truth: Table) -> None:
+    places = np.arange(len(FINDERS))
+    for j, (step, numbers) in enumerate(truth.items()):
+        spreads = [numbers[f"AUC, at the update, {name}"] for name in FINDERS]
+        axes.errorbar(
+            [spread.mean for spread in spreads],
+            places + (j - 1.5) * 0.17,
+            xerr=[spread.half or 0 for spread in spreads],
+            fmt="o",
+            markersize=4,
+            label=f"step {step}",
+        )
+    axes.set(
+        title="Which scores find the tokens that decide?",
+        xlabel="AUC: 0.5 is guessing, 1 finds them all",
+        xlim=(0.1, 1.02),
+        yticks=places,
+        yticklabels=FINDERS.values(),
+    )
+    axes.axvline(0.5, color="grey")
     axes.invert_yaxis()
     axes.legend(fontsize="small", loc="upper left")
 
 
-def draw_leads(axes: plt.Axes, truth: dict[int, dict[str, Spread]]) -> None:
-    for i, which in enumerate(which for which in LEADERS if which != "|F|"):
-        names = [f"{d} before, at the update, {which}" for d in range(LEAD + 1)]
-        for found in truth.values():
-            one = [found.get(name, [math.nan])[0] for name in names]
-            axes.plot(range(LEAD + 1), one, color=f"C{i}", lw=0.7, alpha=0.4)
-        at = [fmean(found[name][0] for found in truth.values() if name in found) for name in names]
-        axes.plot(range(LEAD + 1), at, color=f"C{i}", marker=".", label=FINDERS.get(which, which))
-    axes.set(title="And what leads to them?", xlabel="tokens before the next one that decides",
-             ylabel="AUC (bold: mean of the steps)", ylim=(0.0, 1.02))  # fmt: skip
-    axes.axhline(0.5, color="grey", lw=1)
+def draw_leads(axes: plt.Axes, truth: Table) -> None:
+    means = pd.DataFrame()  # one row for each name, one column for each step
+    for step, numbers in truth.items():
+        means[step] = pd.Series({name: spread.mean for name, spread in numbers.items()})
+    for i, score in enumerate(LEADERS):
+        names = [f"{d} before, at the update, {score}" for d in range(LEAD + 1)]
+        curves = means.reindex(names)
+        label = FINDERS.get(score, score)
+        axes.plot(curves.to_numpy(), color=f"C{i}", linewidth=0.7, alpha=0.4)
+        axes.plot(curves.mean(axis=1).to_numpy(), color=f"C{i}", marker=".", label=label)
+    axes.set(
+        title="Which scores find what leads to them?",
+        xlabel="tokens before the next one that decides",
+        ylabel="AUC (bold: mean of the steps)",
+        ylim=(0, 1.02),
+    )
+    axes.axhline(0.5, color="grey")
     axes.legend(fontsize="small", loc="lower right")
 
 
-def degrees(cosine: float) -> float:
-    return math.degrees(math.acos(min(1.0, cosine)))
-
-
-def draw_turns(axes: plt.Axes, rows: list[dict[str, float]]) -> None:
-    for name, bounds in {"another mini-batch": None, **RANGES}.items():
-        at: dict[int, list[float]] = {}  # number of the update -> degrees, of all seeds and steps
-        for row in rows:
-            if f"cosine: {name}" in row and (row["update"] > 1 or not bounds):  # at a first update f is 1
-                at.setdefault(row["update"], []).append(degrees(row[f"cosine: {name}"]))
-        label = f"FIPO, {name}" if bounds else "DAPO on another mini-batch"
-        (line,) = axes.plot(list(at), [fmean(x) for x in at.values()], marker=".", label=label)
-        axes.fill_between(list(at), *zip(*((min(x), max(x)) for x in at.values())), alpha=0.15, lw=0)
-        if bounds and math.isfinite(bounds[1]):
-            axes.axhline(degrees(cosine_bound(*bounds)), color=line.get_color(), ls="--", lw=1)
-    axes.set(title="How far is it to DAPO's gradient?", xlabel="update on one batch of rollouts",
-             ylabel="degrees (dashed: the bound)", yscale="log", ylim=(0.3, 200))  # fmt: skip
-    axes.legend(fontsize="small", loc="lower right")
-
-
-def draw_gains(axes: plt.Axes, runs: dict[str, dict[str, Spread]]) -> None:
-    gains = {arm: runs[arm]["area − DAPO"] for arm in ARM_LABELS if "area − DAPO" in runs.get(arm, {})}
-    for i, (arm, (mean, half, _)) in enumerate(gains.items()):
-        color = f"C{list(ARMS).index(arm.split(':')[0])}"
-        axes.errorbar(100 * mean, i, xerr=100 * (half or 0), fmt="o", color=color, ms=5)
-    labels = [f"{ARM_LABELS[arm]} ({n})" for arm, (_, _, n) in gains.items()]
-    axes.set(title="Does it matter?", xlabel="area under held-out accuracy − DAPO's, points (seeds)",
-             yticks=range(len(gains)), yticklabels=labels)  # fmt: skip
-    axes.axvline(0, color="grey", lw=1)
+def draw_gains(axes: plt.Axes, runs: Table) -> None:
+    labels = []
+    for arm, label in ARM_LABELS.items():
+        gain = runs.get(arm, {}).get("area − DAPO")
+        if gain:
+            width = 100 * (gain.half or 0)
+            axes.errorbar(100 * gain.mean, len(labels), xerr=width, fmt="o", color="C0")
+            labels.append(f"{label} ({gain.n})")
+    axes.set(
+        title="Does it change the accuracy?",
+        xlabel="area under held-out accuracy − DAPO's, points (seeds)",
+        yticks=range(len(labels)),
+        yticklabels=labels,
+    )
+    axes.axvline(0, color="grey")
     axes.invert_yaxis()
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    figure, ((finds, leads), (matters, turns)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
-    draw_finders(finds, results["truth"])
-    draw_leads(leads, results["truth"])
-    draw_gains(matters, results["runs"])
-    draw_turns(turns, read_gradients(RATES[-1]))
-    for axes in (finds, leads, turns, matters):
+def degrees(cosines: Any) -> Any:
+    return np.degrees(np.arccos(np.minimum(cosines, 1)))
+
+
+def draw_angles(axes: plt.Axes, rows: pd.DataFrame) -> None:
+    for i, name in enumerate(("another mini-batch", *RANGES)):
+        angles = degrees(rows[f"cosine: {name}"].dropna())
+        by_update = angles.groupby(rows["update"]).agg(["mean", "min", "max"])
+        label = f"FIPO, {name}" if name in RANGES else "DAPO on another mini-batch"
+        axes.plot(by_update["mean"], marker=".", color=f"C{i}", label=label)
+        axes.fill_between(
+            by_update.index,
+            by_update["min"],
+            by_update["max"],
+            color=f"C{i}",
+            linewidth=0,
+            alpha=0.15,
+        )
+        if name in RANGES and name != "unclipped":
+            bound = cosine_bound(*RANGES[name])
+            axes.axhline(degrees(bound), color=f"C{i}", linestyle="--")
+    axes.set(
+        title="How far is it to DAPO's gradient?",
+        xlabel="update on one batch of rollouts",
+        ylabel="degrees (dashed: the bound)",
+        yscale="log",
+        ylim=(0.3, 200),
+    )
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def draw(truth: Table, runs: Table, gradients: pd.DataFrame, file: Path) -> None:
+    figure, panels = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    draw_finders(panels[0, 0], truth)
+    draw_leads(panels[0, 1], truth)
+    draw_gains(panels[1, 0], runs)
+    draw_angles(panels[1, 1], gradients)
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------ Command line
-def side_by_side(jobs: list[Callable[[], None]]) -> None:
-    """Two at a time, each in a process of its own."""
-    settings()  # what all of them read
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
-        try:
-            for done in fipo.progress([pool.submit(job) for job in jobs], desc="runs"):
-                done.result()
-        finally:  # after Ctrl-C or a mistake, nothing new is begun
-            pool.shutdown(cancel_futures=True)
-
-
+# ------------------------------------------------------------------------------------ Command line
 def main(argv: list[str]) -> None:
-    parts = {
-        "truth": lambda: side_by_side([partial(record_truth, seed) for seed in SEEDS]),
-        "gradients": lambda: side_by_side([partial(record_gradients, s, lr) for s in SEEDS for lr in RATES]),
-        "finds": find,
-        "report": report,
-    } | {part: partial(train_arms, part) for part in ARMS}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=parts)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("part", choices=["truth", "gradients", *ARMS, "report"])
+    part = parser.parse_args(argv).part
     with fipo.report_errors():
-        parts[parser.parse_args(argv).part]()
+        if part == "report":
+            report()
+            return
+        settings()  # several processes will need the base model and the problems
+        if part == "truth":
+            run_in_processes(record_truth, SEEDS)
+        elif part == "gradients":
+            run_in_processes(record_gradients, SEEDS)
+        else:
+            if part in ("setting", "final"):
+                run_in_processes(make_long_task, [LONG["pretrain_steps"]])
+            for arm in ARMS[part]:
+                run_in_processes(partial(train_arm, part, arm), ARM_SEEDS[part])
 
 
 if __name__ == "__main__":

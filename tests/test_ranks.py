@@ -13,7 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, ZERO_3, alike, finished, flags, free_port, launch, second_rank, wait_for_step
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    ZERO_3,
+    alike,
+    finished,
+    flags,
+    free_port,
+    launch,
+    second_rank,
+    wait_for_step,
+)
 from transformers import AutoModelForCausalLM
 
 import fipo
@@ -25,9 +36,13 @@ def rollouts(lengths):
     return [fipo.Rollout(fipo.Problem("", "", [0] * 3), fipo.array("i", [1] * n)) for n in lengths]
 
 
-@pytest.mark.parametrize("lengths", [[5] * 16, [1, 2, 3, 50, 4, 40, 3, 3, 9], [7], [100] + [1] * 30])
+@pytest.mark.parametrize(
+    "lengths", [[5] * 16, [1, 2, 3, 50, 4, 40, 3, 3, 9], [7], [100] + [1] * 30]
+)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_rank_has_the_same_number_of_passes_and_about_as_many_tokens(monkeypatch, lengths, ranks):
+def test_every_rank_has_the_same_number_of_passes_and_about_as_many_tokens(
+    monkeypatch, lengths, ranks
+):
     mini, shares = rollouts(lengths), []
     for me in range(ranks):
         monkeypatch.setattr(fipo, "world", lambda: ranks)
@@ -73,9 +88,16 @@ def given(base, sums, tmp_path_factory):
 
     def run(ranks: int = 0, broken: int = -1, **change):
         changed = dataclasses.asdict(dataclasses.replace(cfg, **change))
-        settings, result = Path(tempfile.mkstemp(dir=folder)[1]), Path(tempfile.mkstemp(dir=folder)[1])
-        settings.write_text(json.dumps({"config": changed, "groups": rows, "runaway": runaway, "broken": broken}))
-        finished(launch([str(ROOT / "tests" / "three_updates.py"), str(settings), str(result)], ranks))
+        settings, result = (
+            Path(tempfile.mkstemp(dir=folder)[1]),
+            Path(tempfile.mkstemp(dir=folder)[1]),
+        )
+        settings.write_text(
+            json.dumps({"config": changed, "groups": rows, "runaway": runaway, "broken": broken})
+        )
+        finished(
+            launch([str(ROOT / "tests" / "three_updates.py"), str(settings), str(result)], ranks)
+        )
         return torch.load(result)
 
     return run
@@ -90,7 +112,9 @@ SPLITS = {  # under ZeRO-3 every parameter is gathered when needed, none kept, a
     "plain torch, one pass": dict(tokens_per_micro_batch=100_000),
     "ZeRO-3, one rank": dict(ranks=1),
     "ZeRO-3, two ranks, activations recomputed": dict(ranks=2, gradient_checkpointing=True),
-    "ZeRO-3, two ranks, offload, a pass per response": dict(ranks=2, offload=True, tokens_per_micro_batch=1),
+    "ZeRO-3, two ranks, offload, a pass per response": dict(
+        ranks=2, offload=True, tokens_per_micro_batch=1
+    ),
     "ZeRO-2, two ranks": dict(ranks=2, stage=2),
 }
 
@@ -102,12 +126,18 @@ def test_same_result_however_it_is_split(given, plain, zero, split):
     if "ranks" in how:
         how["deepspeed"] = zero(stage=how.pop("stage", 3), stage3_param_persistence_threshold=0)
     result = given(**how)
-    assert plain["updates"][0]["dropped_sequences"] == 1 and all(u["grad_norm"] > 0 for u in plain["updates"])
+    assert plain["updates"][0]["dropped_sequences"] == 1 and all(
+        u["grad_norm"] > 0 for u in plain["updates"]
+    )
     assert sum(s[0] for s in result["shares"]) == 16 and all(s[0] for s in result["shares"])
-    assert (result["largest"] == 0) == ("ZeRO-3" in split), "after loading, no rank holds a whole weight"
+    assert (result["largest"] == 0) == ("ZeRO-3" in split), (
+        "after loading, no rank holds a whole weight"
+    )
     for mine, theirs in zip(result["updates"], plain["updates"]):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=2e-5)
-    assert result["weights"].keys() == plain["weights"].keys() and "lm_head.weight" in plain["weights"]
+    assert (
+        result["weights"].keys() == plain["weights"].keys() and "lm_head.weight" in plain["weights"]
+    )
     for name, weight in result["weights"].items():
         torch.testing.assert_close(weight, plain["weights"][name], atol=4e-6, rtol=1e-4)
 
@@ -124,7 +154,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing_under_deepspeed_either(give
 @pytest.fixture
 def sharded(small, sums, zero) -> fipo.Config:
     """A run of four steps under ZeRO-2, which the Hugging Face sampler can read."""
-    return dataclasses.replace(small, deepspeed=zero(stage=2), sampler="hf", eval_data=sums, steps=4, dtype="float32")
+    return dataclasses.replace(
+        small, deepspeed=zero(stage=2), sampler="hf", eval_data=sums, steps=4, dtype="float32"
+    )
 
 
 def train(cfg: fipo.Config, ranks: int = 0, *extra: str, by: str = "torchrun") -> subprocess.Popen:
@@ -133,7 +165,9 @@ def train(cfg: fipo.Config, ranks: int = 0, *extra: str, by: str = "torchrun") -
 
 def alone(cfg: fipo.Config, *extra: str) -> subprocess.Popen:
     """The only rank, as a launcher would start it: without its own lines about a failure."""
-    how = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    how = dict(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
+    )
     return launch([str(ROOT / "fipo.py"), "train", *flags(cfg), *extra], **how)
 
 
@@ -144,9 +178,18 @@ def test_two_ranks_log_what_one_logs_and_a_run_goes_on_as_it_was_begun(sharded, 
     cfg = dataclasses.replace(sharded, out=str(tmp_path / "two"))
     finished(train(dataclasses.replace(cfg, steps=2), ranks=2))
     output = finished(alone(cfg, "--resume"), status=1)
-    assert re.search("reading the optimiser in .*step_000002 .by the engine and the number of ranks", output), output
+    assert re.search(
+        "reading the optimiser in .*step_000002 .by the engine and the number of ranks", output
+    ), output
     assert "Traceback" not in output, output
-    stale = Path(cfg.out) / "checkpoints" / "partial" / "deepspeed" / "ranks" / "of_a_run_with_more_ranks.pt"
+    stale = (
+        Path(cfg.out)
+        / "checkpoints"
+        / "partial"
+        / "deepspeed"
+        / "ranks"
+        / "of_a_run_with_more_ranks.pt"
+    )
     stale.parent.mkdir(parents=True)
     stale.touch()
     finished(train(cfg, 2, "--resume", by="deepspeed"))
@@ -165,7 +208,9 @@ def test_two_ranks_log_what_one_logs_and_a_run_goes_on_as_it_was_begun(sharded, 
 
 def test_a_signal_to_one_rank_stops_all_and_they_resume_exactly(sharded, tmp_path):
     sharded = dataclasses.replace(sharded, steps=24, eval_every=12, save_every=12)
-    whole, cut = (dataclasses.replace(sharded, out=str(tmp_path / name)) for name in ("whole", "cut"))
+    whole, cut = (
+        dataclasses.replace(sharded, out=str(tmp_path / name)) for name in ("whole", "cut")
+    )
     finished(train(whole, 2))
     process = train(cut, 2)
     wait_for_step(Path(cut.out), 2, process)
@@ -187,7 +232,9 @@ def test_when_a_rank_dies_the_others_end_with_a_message_and_the_checkpoint_is_wh
     wait_for_step(Path(cfg.out), 3, both[0])
     both[1].send_signal(signal.SIGKILL)
     output, _ = both[0].communicate(timeout=30)
-    assert "Traceback" not in output and both[0].returncode != 0 and "another rank has ended" in output, output
+    assert (
+        "Traceback" not in output and both[0].returncode != 0 and "another rank has ended" in output
+    ), output
     assert fipo.newest_checkpoint(Path(cfg.out)).name.startswith("step_")
 
 
@@ -219,7 +266,9 @@ def test_mistakes_are_told_in_one_sentence(sharded, zero, tmp_path, change, said
 
 
 @pytest.mark.parametrize("script", ["fipo.py", "train_small.py"])
-def test_without_deepspeed_a_launcher_is_refused_and_only_rank_0_says_so(base, sums, tmp_path, script):
+def test_without_deepspeed_a_launcher_is_refused_and_only_rank_0_says_so(
+    base, sums, tmp_path, script
+):
     words = {
         "fipo.py": ["eval", "--model", base, "--data", sums, "--max_response", "8"],
         "train_small.py": ["--out", str(tmp_path / "run")],
@@ -249,7 +298,9 @@ with fipo.joined_ranks("ds_config.json"):
 
 def test_deepspeed_adopts_the_process_group_with_its_timeout_and_without_a_device(tmp_path):
     (tmp_path / "groups.py").write_text(GROUPS)
-    assert "gloo True 2.0 [6.0, 6.0] None" in finished(launch([str(tmp_path / "groups.py"), str(ROOT)], ranks=2))
+    assert "gloo True 2.0 [6.0, 6.0] None" in finished(
+        launch([str(tmp_path / "groups.py"), str(ROOT)], ranks=2)
+    )
 
 
 def test_a_missing_compiler_is_told(sharded, tmp_path):
@@ -259,8 +310,12 @@ def test_a_missing_compiler_is_told(sharded, tmp_path):
     for name in ("torchrun", "ninja"):  # and neither g++ nor c++
         (tools / name).symlink_to(SCRIPTS / name)
     words = [str(ROOT / "fipo.py"), "train", *flags(sharded)]
-    output = finished(launch(words, 1, PATH=str(tools), TORCH_EXTENSIONS_DIR=str(tmp_path)), status=1)
-    assert "to compile its extension, g++ and ninja" in output and 'fipo.py", line' not in output, output
+    output = finished(
+        launch(words, 1, PATH=str(tools), TORCH_EXTENSIONS_DIR=str(tmp_path)), status=1
+    )
+    assert "to compile its extension, g++ and ninja" in output and 'fipo.py", line' not in output, (
+        output
+    )
 
 
 def test_the_lock_of_a_build_that_was_killed_is_named(sharded, tmp_path):
@@ -268,11 +323,16 @@ def test_the_lock_of_a_build_that_was_killed_is_named(sharded, tmp_path):
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    process = launch([str(ROOT / "fipo.py"), "train", *flags(sharded)], 1, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    process = launch(
+        [str(ROOT / "fipo.py"), "train", *flags(sharded)], 1, TORCH_EXTENSIONS_DIR=str(tmp_path)
+    )
     line = next(line for line in process.stdout if str(lock) in line)
     assert "if nothing is, remove" in line
     assert process.poll() is None, "it waits"
-    for waiting in (process, *psutil.Process(process.pid).children(recursive=True)):  # for the lock: nothing is built
+    for waiting in (
+        process,
+        *psutil.Process(process.pid).children(recursive=True),
+    ):  # for the lock: nothing is built
         waiting.kill()
     process.wait()
 
@@ -281,11 +341,15 @@ def test_the_lock_of_a_build_that_was_killed_is_named(sharded, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_plan_s_bytes_of_weights_gradients_and_optimiser_are_those_held_after_an_update(given, zero, base, ranks):
+def test_plan_s_bytes_of_weights_gradients_and_optimiser_are_those_held_after_an_update(
+    given, zero, base, ranks
+):
     """All floating-point tensors alive under ZeRO-3 in bfloat16, with no parameter so small that it is kept whole."""
     from test_plan import plan
 
-    result = given(ranks=ranks, deepspeed=zero(stage3_param_persistence_threshold=0), dtype="bfloat16")
+    result = given(
+        ranks=ranks, deepspeed=zero(stage3_param_persistence_threshold=0), dtype="bfloat16"
+    )
     _, parameters = plan.shape_of(base)
     assert result["held"] == pytest.approx(sum(plan.states(parameters, ranks)), rel=0.03)
 
@@ -295,9 +359,17 @@ def test_the_recipe_is_the_paper_s_and_the_defaults_are_the_same():
     script = (ROOT / "train_32b.sh").read_text()
     recipe = re.search(r"^recipe=\((.*?)^\)", script, re.S | re.M)[1]
     words = [word for line in recipe.splitlines() for word in line.split("#")[0].split()]
-    parser = fipo.HfArgumentParser(fipo.Config)
-    given, default = parser.parse_args(words), fipo.resolve(fipo.Config(model="m", data="d", out="o"))
-    assert (default.weight_range, default.clip_high, default.dual_clip, default.overlong_buffer) == (
+    parser = fipo.Parser(fipo.Config)
+    given, default = (
+        parser.parse_args(words),
+        fipo.resolve(fipo.Config(model="m", data="d", out="o")),
+    )
+    assert (
+        default.weight_range,
+        default.clip_high,
+        default.dual_clip,
+        default.overlong_buffer,
+    ) == (
         [1, 1.2],
         0.28,
         10,
@@ -305,4 +377,6 @@ def test_the_recipe_is_the_paper_s_and_the_defaults_are_the_same():
     )
     names = [word[2:] for word in words if word.startswith("--") and word != "--prompts_per_round"]
     assert len(names) > 17 and given.prompts_per_round == 2048
-    assert {name: getattr(given, name) for name in names} == {name: getattr(default, name) for name in names}
+    assert {name: getattr(given, name) for name in names} == {
+        name: getattr(default, name) for name in names
+    }

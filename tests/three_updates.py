@@ -18,14 +18,20 @@ import fipo  # noqa: E402
 def held(bucket: int) -> int:
     """Bytes of all floating-point tensors alive in this process, DeepSpeed's send buffers aside."""
     alive = [
-        x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.device.type == "cpu"
+        x
+        for x in gc.get_objects()
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.device.type == "cpu"
     ]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
     return sum(size for size in storages.values() if size < bucket)
 
 
 torch.set_num_threads(1)
-fipo.token_logprobs.__defaults__ = (1.0, 16)  # many chunks of logits a pass, as long responses have
+fipo.token_logprobs.__defaults__ = (
+    1.0,
+    16,
+    True,
+)  # many chunks of logits a pass, as long responses have
 warnings.filterwarnings("ignore", category=FutureWarning)
 argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 settings, result = json.loads(Path(argv[0]).read_text()), Path(argv[1])
@@ -42,11 +48,15 @@ with fipo.report_errors(), fipo.joined_ranks(cfg.deepspeed):
         ]
         for group in settings["groups"]
     ]  # fmt: skip
-    largest = max(p.numel() for p in policy.model.parameters())  # a shard is not counted: 0 if nothing is whole
+    largest = max(
+        p.numel() for p in policy.model.parameters()
+    )  # a shard is not counted: 0 if nothing is whole
     mini_batches = fipo.split_mini_batches(groups, cfg, step=1)
     scored = fipo.score_old_logp(policy, mini_batches)
     for rollout in (r for mini in mini_batches for r in mini if r.old_logp is not None):
-        if list(rollout.response_ids) == settings["runaway"]:  # as if the policy had moved far: it is dropped
+        if (
+            list(rollout.response_ids) == settings["runaway"]
+        ):  # as if the policy had moved far: it is dropped
             rollout.old_logp = rollout.old_logp - 3.0
     updates = []
     for i, mini in enumerate(mini_batches):
@@ -60,7 +70,10 @@ with fipo.report_errors(), fipo.joined_ranks(cfg.deepspeed):
     del before
     memory = held(bucket=10**8)
     weights = {name: weight.clone() for name, weight in policy.weights()}
-    mine = [sum(len(part) for part in fipo.micro_batches(mini, cfg.tokens_per_micro_batch)) for mini in mini_batches]
+    mine = [
+        sum(len(part) for part in fipo.micro_batches(mini, cfg.tokens_per_micro_batch))
+        for mini in mini_batches
+    ]
     shares = fipo.all_gather(mine)
     if fipo.rank() == 0:
         torch.save(
