@@ -252,9 +252,9 @@ def world() -> int:
 
 
 def rank() -> int:
-    return (
-        distributed.get_rank() if distributed.is_initialized() else int(os.environ.get("RANK", 0))
-    )
+    if distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", 0))  # of a rank that has not joined yet, for its messages
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -390,6 +390,7 @@ def read_json(source: str) -> list[Any]:
 
 
 def arrow_rows(table: Any) -> Iterable[dict[str, Any]]:
+    """Return the rows of an arrow table as dictionaries."""
     has_float32 = re.search(r"\b(half)?float\b", str(table.schema))
     return map(arrow_value, table.to_struct_array()) if has_float32 else table.to_pylist()
 
@@ -496,8 +497,6 @@ def read_answer(value: Any, column: str, where: str) -> str:
 
 
 # -------------------------------------------------------------------------------------- 2. Prompts
-
-
 def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
     """Encode a prompt with the model's chat template, or as plain text if the model has none.
 
@@ -562,7 +561,7 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
     fitting = []
     largest_id = 0
     with user_error(f"{source}: encoding the prompts with the model's tokenizer and chat template"):
-        for problem in chosen:
+        for problem in progress(chosen, desc="encode"):
             ids = encode_prompt(problem.prompt, policy.tokenizer)
             require(ids, "a prompt has no tokens: does the model's folder contain its tokenizer?")
             largest_id = max(largest_id, *ids)
