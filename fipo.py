@@ -277,13 +277,22 @@ def barrier() -> None:
 def say(text: str) -> None:
     """Print on rank 0, without breaking a progress bar."""
     if rank() == 0:
-        tqdm.write(text)
+        write = tqdm.write if sys.stderr.isatty() else print
+        write(text)
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
-    """A progress bar on rank 0. Without a terminal, it prints once a minute."""
-    seconds = 0.1 if sys.stderr.isatty() else 60
-    options |= {"leave": False, "disable": rank() > 0, "mininterval": seconds, "delay": seconds}
+    """A progress bar on rank 0. Without a terminal, it prints a line per minute."""
+    options |= {"leave": False, "disable": rank() > 0}
+    if not sys.stderr.isatty():
+        line = "{desc} {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left\n"
+        options |= {
+            "bar_format": line,
+            "position": 0,
+            "mininterval": 60,
+            "delay": 60,
+            "miniters": 1,
+        }
     return tqdm(*args, **options)
 
 
