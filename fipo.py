@@ -6,10 +6,10 @@ influence weight f = clip(exp(F)). F_t is the discounted sum of how far the poli
 
 Why exp(F)? With the ratios ρ_t = π_θ / π_old, a whole response satisfies the identity
     Π_k ρ_k − 1 = Σ_t (ρ_t − 1) · Π_{k>t} ρ_k.
-The exact off-policy objective therefore weights token t by the ratio of everything after it. PPO
-replaces this factor by 1. exp(F_t) = Π_{k≥t} ρ_k^(γ^(k−t)) is this factor, damped by γ and with
-token t itself included. F is a signed sum of log-ratios and not a KL divergence; the name is the
-paper's.
+Times A, the left side is the exact off-policy objective of a response. The right side splits it
+into one term per token, (ρ_t − 1) · A, times the ratio of everything after the token. PPO drops
+this last factor. exp(F_t) = Π_{k≥t} ρ_k^(γ^(k−t)) is this factor, damped by γ and with token t
+itself included. F is a signed sum of log-ratios, not a KL divergence; the name is the paper's.
 
 The sections follow the data:
   1. Problems    a prompt and the answer that a rule can check          load_problems
@@ -19,7 +19,7 @@ The sections follow the data:
   5. Advantages  A_i = (R_i − mean R) / (std R + 1e-6) in each group    group_advantages
   6. Δlog p      Δ_t = log π_θ(o_t) − log π_old(o_t), r_t = exp Δ_t     token_logprobs
   7. Future-KL   F_t = Σ_{k≥t} γ^(k−t) M_k Δ_k, with γ = 2^(−1/τ) and
-                 M_k = 1 if r_k ≤ 10, else 0                            future_kl
+                 M_k = 1 if r_k ≤ c = 10 (the dual-clip ratio), else 0  future_kl
   8. Loss        f_t = clip(exp F_t, 1, 1.2), then PPO's clipped
                  objective with A·f_t, as a mean over all tokens        influence_weight, fipo_loss
   9. Update      one AdamW step per mini-batch, several per batch       Policy, add_gradients
@@ -159,13 +159,11 @@ class Config(EvalConfig):
     )
     tau: float = setting(32.0, "half-life of the Future-KL in tokens, τ", least=1e-3)
     weight_range: list[float] | None = setting(None, "bounds lo hi of the influence weight f")
-    safety: float = setting(
-        10.0, "where A < 0 and the ratio exceeds this, f is clamped to [0.8, 1]"
-    )
+    safety: float = setting(10.0, "where A < 0 and the ratio exceeds this, f is at most 1")
     clip_low: float = setting(0.2, "lower clip of the ratio, 1 − clip_low")
     clip_high: float | None = setting(None, "upper clip of the ratio, 1 + clip_high")
     dual_clip: float | None = setting(
-        None, "dual-clip ratio c; also the bound of the M filter", least=1
+        None, "ratio at which the cost of a token with A < 0 is capped; above it, M = 0", least=1
     )
     loss_mean: Literal["token", "response"] | None = setting(
         None, "average over all tokens, or over the means of the responses"
@@ -186,7 +184,8 @@ class Config(EvalConfig):
     wandb: str = setting("", "Weights & Biases project (empty: off)")
 
 
-# --resume accepts other values of these settings. They do not change what is learned.
+# --resume accepts other values of these settings, which do not change what is learned. (Another
+# JSON file for DeepSpeed is possible, another engine is not.)
 MAY_CHANGE = """steps out resume max_gen_rounds eval_data eval_every eval_samples eval_k
 eval_temperature eval_top_p save_every log_samples wandb rollout_rows tokens_per_micro_batch
 gradient_checkpointing vllm_memory tensor_parallel deepspeed""".split()
@@ -244,7 +243,8 @@ def user_error(action: str) -> Iterator[None]:
 
 
 CPU = torch.device("cpu")
-GLOO: dict[str, Any] = {}  # "hosts": the group in which all_gather works, set by joined_ranks
+# "hosts" is the group for Python objects, set by joined_ranks. NCCL only moves tensors of GPUs.
+GLOO: dict[str, Any] = {}
 
 
 def world() -> int:
@@ -400,8 +400,9 @@ def read_json(source: str) -> list[Any]:
 
 def arrow_rows(table: Any) -> Iterable[dict[str, Any]]:
     """Return the rows of an arrow table as dictionaries."""
-    has_float32 = re.search(r"\b(half)?float\b", str(table.schema))
-    return map(arrow_value, table.to_struct_array()) if has_float32 else table.to_pylist()
+    # Arrow calls float16, float32 and float64: halffloat, float and double.
+    has_short_floats = re.search(r"\b(half)?float\b", str(table.schema))
+    return map(arrow_value, table.to_struct_array()) if has_short_floats else table.to_pylist()
 
 
 def arrow_value(scalar: Any) -> Any:
@@ -429,7 +430,7 @@ def read_problem(row: Any, where: str) -> Problem:
     )
     for name, value in row.items():
         is_media = re.search(r"(?i)(^|_)(img|image|video|audio|pixel|multi_modal)", name)
-        # Empty values, such as [] or {"bytes": None, "path": None}, are accepted.
+        # Nothing is left of an empty value, such as {"bytes": None, "path": None}.
         has_content = re.search(r"\w", re.sub("None|bytes|path", "", str(value or "")))
         require(
             not (is_media and has_content),
@@ -482,9 +483,10 @@ def read_answer(value: Any, column: str, where: str) -> str:
         value = value[0]
     if isinstance(value, (float, numpy.floating)):
         is_finite = math.isfinite(value)
-        has_all_integers = abs(value) < 2 ** (numpy.finfo(type(value)).nmant + 1)
+        # Below this limit, every integer has a float of its own.
+        is_exact = abs(value) < 2 ** (numpy.finfo(type(value)).nmant + 1)
         require(
-            has_all_integers or not is_finite,
+            is_exact or not is_finite,
             f"{where} has the {column} {value}, a float so large that it may have been rounded: "
             "write it as text or as an integer.",
         )
@@ -618,12 +620,10 @@ class Rollout:
     """One sampled response with T tokens, and what training needs to know about it."""
 
     problem: Problem
-    response_ids: array = field(
-        default_factory=lambda: array("i")
-    )  # ends with EOS, unless it was cut
-    sampler_logp: array = field(
-        default_factory=lambda: array("f")
-    )  # only checked by score_old_logp
+    # Arrays are compact. A response ends with EOS, unless it was cut at max_response.
+    response_ids: array = field(default_factory=lambda: array("i"))
+    # The log-probs of the sampler; score_old_logp compares them with old_logp.
+    sampler_logp: array = field(default_factory=lambda: array("f"))
     text: str = ""
     correct: bool = False
     reward: float = 0.0
@@ -632,7 +632,7 @@ class Rollout:
     logp: Tensor | None = None  # [T] log π_θ just before the update on this response
 
     @property
-    def num_tokens(self) -> int:
+    def total_tokens(self) -> int:
         """The length of prompt and response together."""
         return len(self.problem.prompt_ids) + len(self.response_ids)
 
@@ -700,7 +700,8 @@ class HFSampler(Sampler):
     def check(self) -> None:
         """Compare a few tokens, sampled with padding and a cache, with a plain forward pass."""
         problems = [Problem("", "", [0]), Problem("", "", [0, 1, 2, 3])]
-        groups = self.generate(problems, [0, 1], 2, 4, 1.0, 1.0)
+        n, max_tokens, temperature, top_p = 2, 4, 1.0, 1.0
+        groups = self.generate(problems, [0, 1], n, max_tokens, temperature, top_p)
         errors = []
         for r in flatten(groups):
             ids = torch.tensor(
@@ -781,8 +782,8 @@ class HFSampler(Sampler):
             mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
             ids = token[:, None]
             positions = mask.sum(1, keepdim=True) - 1
-            # After Ctrl-C, raise Interrupted. Several ranks have to ask together: they do so in
-            # `sample`, at the end of a chunk of problems.
+            # Raise Interrupted after Ctrl-C. Ranks need different numbers of tokens and must not
+            # wait for one another here: they ask in `sample`.
             if world() == 1:
                 stop_if_signalled()
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
@@ -886,10 +887,10 @@ def verify(response: str, ground_truth: str) -> bool:
     return extract_answer(response) == normalize_answer(ground_truth)
 
 
-BOLD = r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])|`"  # ** and ` of markdown
+MARKDOWN = r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])|`"  # bold text and code
 # What models write after "Answer:" as plain text or markdown, in the LaTeX that math-verify reads.
 TO_LATEX = [
-    (BOLD, ""),
+    (MARKDOWN, ""),
     (r"(?<=\d)(\\[,;:! ]|[ ~\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),  # 10 000 -> 10000
     (r"[–−]|\b(minus|negative)\s+(?=\d)", "-"),  # minus 5 -> -5
     (r"\*\*(-?\w+)", r"^{\1}"),  # x**2 -> x^{2}
@@ -906,10 +907,11 @@ TO_LATEX = [
     (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])", r"\\\1"),  # sin x -> \sin x
     (r"(?<![\d/.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 -> 1\frac{1}{2}
 ]
-# A word of English, as opposed to a product of variables or the content of \text{}.
+# A word of English, as opposed to a product of variables.
 PROSE = (
-    r"(?:^|(?<=[\s(,;:.]))(?!(?:and|or)\b)"
-    r"(?:[A-Za-z]{3,}|(?:is|it|of|to|in|by|so|we|as|at|km|cm|mm|kg|ft)\b)(?![^{}]*\})"
+    r"(?:^|(?<=[\s(,;:.]))(?!(?:and|or)\b)"  # after a space or punctuation; not "and", "or"
+    r"(?:[A-Za-z]{3,}|(?:is|it|of|to|in|by|so|we|as|at|km|cm|mm|kg|ft)\b)"  # long, or a known one
+    r"(?![^{}]*\})"  # not inside of braces, as in \text{}
 )
 # A bound or a multiple of a number is not the number.
 CHANGES_VALUE = (
@@ -937,8 +939,9 @@ def in_box(answer: str) -> str:
     as_text = rf"\boxed{{\text{{{latex.rstrip('.')}}}}}"
     if re.search(CHANGES_VALUE, latex):
         return as_text
-    before_words, *words = re.split(PROSE, latex, maxsplit=1)
-    if words and not has_mathematics(before_words):
+    word = re.search(PROSE, latex)
+    before_words = latex[: word.start()] if word else latex
+    if word and not has_mathematics(before_words):
         return answer if has_mathematics(answer) else as_text
     # Remove punctuation and signs that led over to the words.
     trailing = r"(?:[\s.,;:=(≈–—\\-]|\\approx|(?<![A-Za-z])(?:and|or))*$"
@@ -955,7 +958,7 @@ def stated_result(response: str) -> str:
 
     Where the line only announces the result, everything after "Answer:" is returned.
     """
-    without_bold = re.sub(BOLD, "", response)
+    without_bold = re.sub(MARKDOWN, "", response)
     *before, after = re.split(ANSWER, without_bold)
     if not before:
         return response
@@ -1080,7 +1083,8 @@ def token_logprobs(
     hidden = hidden[row, t]  # [N, D]
     targets = input_ids[row, t + 1]  # [N]
     head = model.get_output_embeddings()
-    # All chunks share one float32 copy. Calling head(h) would make ZeRO-3 gather it for each chunk.
+    # All chunks share one float32 copy. Calling head(h) would make ZeRO-3 gather the weight again for
+    # each chunk; DeepSpeedPolicy registers it, so that it is gathered once, here.
     weight = head.weight.float()
     bias = None if head.bias is None else head.bias.float()
 
@@ -1128,14 +1132,15 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     >>> future_kl(delta_logp, mask=torch.tensor([[1, 1, 1, 0]]), tau=1.0)  # γ = 1/2
     tensor([[1., 2., 4., 0.]])
 
-    This equals F[:, t] = Δ[:, t] + γ · F[:, t + 1] from right to left, in log2(T) passes. A matrix
+    This equals F_t = M_t Δ_t + γ F_{t+1} from right to left, in log2(T) passes. A matrix
     product would round to TF32 or bfloat16 where these are enabled, and a cumulative sum with
     γ^(−t) would overflow (2^640 at T = 20480).
     """
     F = torch.where(mask.bool(), delta_logp, 0.0).float()
     distance = 1
     while distance < F.shape[1]:
-        # F[:, t] holds the terms t … t + distance − 1. Those after them are in F[:, t + distance].
+        # F[:, t] holds the terms t … t + distance − 1, and F[:, t + distance] those after them. The
+        # right side is computed before it is added.
         F[:, :-distance] += 2 ** (-distance / tau) * F[:, distance:]
         distance *= 2
     return F
@@ -1201,12 +1206,13 @@ def fipo_loss(
         num_tokens: the denominator of the token mean. Training gives the number of tokens of the
             whole mini-batch, so that the losses of its micro-batches add up to one mean. Without
             it, the tokens of this call count, except those of dropped responses.
-        num_responses: if given, the loss is GRPO's mean over the responses' own token means.
+        num_responses: for GRPO. If given, the loss is the mean over this number of responses of
+            their own token means, whatever num_tokens is.
 
     Returns: the scalar loss, and its metrics (see loss_metrics).
 
-    Responses with more than one dual-clipped token are dropped from the sum. A denominator that is
-    given still counts them.
+    As in the release, responses with more than one dual-clipped token are dropped from the sum. A
+    denominator that is given still counts them.
     """
     # 1) Masked positions become 0 before exp: inf · 0 would be NaN.
     mask = mask.bool()
@@ -1227,7 +1233,7 @@ def fipo_loss(
     unclipped = -A_tilde * ratio
     clipped = -A_tilde * ratio.clamp(1 - clip_low, 1 + clip_high)
     pessimistic = torch.maximum(unclipped, clipped)
-    ceiling = -A_tilde * dual_clip
+    ceiling = -A_tilde * dual_clip  # NaN for Ã = 0 and c = inf, where it is not used
     is_dual_clipped = mask & (A_tilde < 0) & (pessimistic > ceiling)
     token_loss = torch.where(is_dual_clipped, ceiling, pessimistic)
 
@@ -1301,10 +1307,9 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
     """
     parts_of_rank: list[list[list[Rollout]]] = [[] for _ in range(world())]
     # The longest responses come first, so that a lack of memory shows at once.
-    for i, r in enumerate(sorted(mini_batch, key=lambda r: -r.num_tokens)):
+    for i, r in enumerate(sorted(mini_batch, key=lambda r: -r.total_tokens)):
         parts = parts_of_rank[i % world()]
-        is_full = parts and (len(parts[-1]) + 1) * parts[-1][0].num_tokens > max_tokens
-        if is_full or not parts:
+        if not parts or (len(parts[-1]) + 1) * parts[-1][0].total_tokens > max_tokens:
             parts.append([])
         parts[-1].append(r)
     num_parts = max(map(len, parts_of_rank))
@@ -1319,15 +1324,15 @@ def collate(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]
     is the pad token, too. An empty list gives a dummy row, which keeps the ranks in step in
     collectives and contributes no gradient.
     """
-    rollouts = rollouts or [Rollout(Problem("", "", [0, 0]))]
+    rollouts = rollouts or [Rollout(Problem("", "", [0, 0]))]  # no response, so the mask is empty
     rows = []
     masks = []
     old_logps = []
     for r in rollouts:
         prompt_length = len(r.problem.prompt_ids)
         rows.append(torch.tensor([*r.problem.prompt_ids, *r.response_ids]))
-        masks.append(torch.arange(r.num_tokens) >= prompt_length)
-        old_logp = torch.zeros(r.num_tokens)
+        masks.append(torch.arange(r.total_tokens) >= prompt_length)
+        old_logp = torch.zeros(r.total_tokens)
         if r.old_logp is not None:
             old_logp[prompt_length:] = r.old_logp
         old_logps.append(old_logp)
@@ -1349,19 +1354,20 @@ class Policy:
     def __init__(self, path: str, cfg: SharedConfig, only_shape: bool = False) -> None:
         self.path = path
         self.cfg = cfg
-        self.has_optimizer = isinstance(cfg, Config)
+        self.is_training = isinstance(cfg, Config)
         self.device = CPU
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
-            torch.backends.cuda.enable_cudnn_sdp(False)  # makes decoding 2.8 times as slow
+            torch.backends.cuda.enable_cudnn_sdp(False)  # with it, decoding takes 2.8 times as long
         self.bf16 = use_bfloat16(cfg.dtype, self.device)
         self.tolerance = 0.1 if self.bf16 else 1e-3  # mean |Δlog p| that rounding alone may cause
         self.load(torch.device("meta") if only_shape else self.device)
         self.config = self.model.config.get_text_config()
         self.context = context_length(self.config)
         self.eos = end_tokens(self.model, self.tokenizer)
-        self.autocast = contextlib.nullcontext  # the check below is sharper without bfloat16
-        if self.has_optimizer:
+        # Autocast and TF32 stay off until the check is done: it is sharper without them.
+        self.autocast = contextlib.nullcontext
+        if self.is_training:
             with user_error(f"computing log-probs with {type(self.model).__name__}"):
                 self.check_logprobs()
         self.autocast = functools.partial(
@@ -1370,7 +1376,10 @@ class Policy:
         torch.backends.cuda.matmul.allow_tf32 = self.bf16  # speeds up the float32 head four times
 
     def load(self, device: torch.device | None) -> None:
-        """Load the tokenizer and the model, and create the optimizer."""
+        """Load the tokenizer and the model, and create the optimizer.
+
+        Without a device, DeepSpeed places the weights.
+        """
         disable_progress_bar()  # transformers' bars would break ours,
         enable_progress_bars()  # but downloads may take long
         with user_error(f"loading the model {self.path!r} (a folder or a hub name)"):
@@ -1378,7 +1387,7 @@ class Policy:
             config = AutoConfig.from_pretrained(self.path)
             disable_dropout(config)
             # DeepSpeed keeps float32 weights in its optimizer, so the model may be bfloat16.
-            is_half = self.bf16 and (not self.has_optimizer or self.cfg.deepspeed)
+            is_half = self.bf16 and (not self.is_training or self.cfg.deepspeed)
             self.model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
@@ -1392,9 +1401,9 @@ class Policy:
                 f"{self.path} lacks {len(missing)} weights of {type(self.model).__name__}, such as "
                 f"{missing[:1]}: they would be random.",
             )
-            if self.has_optimizer and self.cfg.gradient_checkpointing:
+            if self.is_training and self.cfg.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.has_optimizer:
+        if self.is_training:
             self.optimizer = torch.optim.AdamW(
                 self.model.parameters(), weight_decay=self.cfg.weight_decay, fused=True
             )
@@ -1501,9 +1510,9 @@ def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> Metrics
     """Fill `old_logp` of this rank's share: the trainer's own log-probs before any update.
 
     Returns entropy, and sampler_mismatch: the mean |difference| from the sampler's log-probs. The
-    sampler's log-probs cannot serve as log π_old: another engine rounds differently, and F adds up.
-    An error of 0.004 per token, of one sign, is 0.19 in F (Σγ^j = 47 for τ = 32), which puts f at
-    its bound of 1.2 before anything is learned.
+    sampler's log-probs cannot serve as log π_old: another engine rounds differently, and F sums the
+    errors. 0.004 per token, of one sign, is 0.19 in F (Σγ^j = 47 for τ = 32), which puts f at its
+    bound of 1.2 before anything is learned.
     """
     policy.model.eval()
     total_entropy = 0.0
@@ -1562,7 +1571,7 @@ def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> Met
         if part:
             share = mask.sum().item() / num_tokens
             drift = (logp.detach() - old_logp).abs().sum().item() / mask.sum().item()
-            # The parts of the loss add up. average_metrics multiplies by the share again.
+            # The losses of the parts add up: undo the weighting of average_metrics.
             metrics |= {"loss": loss.item() / share, "drift": drift}
             measured.append((share, metrics))
     return average_metrics(flatten(all_gather(measured)))
@@ -1618,7 +1627,7 @@ stop = threading.Event()  # set by the first SIGINT or SIGTERM
 
 @contextlib.contextmanager
 def signals_set_stop() -> Iterator[None]:
-    """Let SIGINT and SIGTERM set `stop`. A second one ends the process at once."""
+    """Let SIGINT and SIGTERM set `stop`. A second one of the same kind ends the process."""
 
     def handle(number: int, _: Any) -> None:
         stop.set()
@@ -1653,13 +1662,13 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 def collect_rollouts(
     sampler: Sampler, problems: list[Problem], cfg: Config, step: int, cursor: int
 ) -> tuple[Groups, Metrics, int]:
-    """Sample rounds of prompts until there is a batch of groups to learn from. Fills `reward`.
+    """Sample rounds of prompts until there is a batch of groups to learn from.
 
     Dynamic sampling keeps only groups with 0 < accuracy < 1. Without it, a batch is skipped if the
     rewards are equal within every group.
 
-    Returns: the groups, statistics of all groups sampled up to the last one kept, and the cursor
-    after them. Raises NoSignal after max_gen_rounds rounds.
+    Returns: the groups, with rewards and advantages, statistics of all groups sampled up to the
+    last one kept, and the cursor after them. Raises NoSignal after max_gen_rounds rounds.
     """
     groups: Groups = []
     accuracies: list[float] = []
@@ -1675,7 +1684,8 @@ def collect_rollouts(
                 groups.append(group)
             if len(groups) == cfg.prompts_per_batch:
                 assign_rewards(groups, cfg)
-                if rewards_differ(groups):
+                assign_advantages(groups)
+                if any(r.advantage for r in flatten(groups)):
                     statistics = {
                         "accuracy": fmean(accuracies),
                         "gen_rounds": gen_round,
@@ -1688,15 +1698,10 @@ def collect_rollouts(
                 groups = []
     accuracy = fmean(accuracies)
     raise NoSignal(
-        f"step {step}: in {cfg.max_gen_rounds} rounds, {len(groups)} of {len(accuracies)} groups "
-        f"carry a signal, {cfg.prompts_per_batch} are needed. The accuracy is {accuracy:.1%}: give "
+        f"step {step}: {len(accuracies)} groups in {cfg.max_gen_rounds} rounds did not give a batch "
+        f"of {cfg.prompts_per_batch} with a signal. Their accuracy is {accuracy:.1%}: give "
         f"{'harder' if accuracy > 0.5 else 'easier'} problems or a larger group."
     )
-
-
-def rewards_differ(groups: Groups) -> bool:
-    """Whether any group has different rewards. Otherwise all advantages are 0."""
-    return any(r.reward != group[0].reward for group in groups for r in group)
 
 
 def train_step(run: Run, sampler: Sampler, problems: list[Problem]) -> None:
@@ -1704,23 +1709,20 @@ def train_step(run: Run, sampler: Sampler, problems: list[Problem]) -> None:
     cfg = run.cfg
     policy = run.policy
     step = run.step + 1
-    lr = cfg.lr * min(
-        1.0, step / max(cfg.warmup_steps, 1)
-    )  # steps count from 1: the first one learns
+    lr = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1))  # not 0 at step 1
 
-    # 3) to 5) Rollouts, rewards, advantages.
+    # Sections 3 to 5: rollouts, rewards and advantages.
     started = perf_counter()
     groups, metrics, cursor = collect_rollouts(sampler, problems, cfg, step, run.cursor)
-    assign_advantages(groups)
     sampler.sleep()
     sampled = perf_counter()
 
-    # 6) log π_old, before any update.
+    # Section 6: log π_old, before any update.
     mini_batches = split_mini_batches(groups, cfg, step)
     metrics |= score_old_logp(policy, mini_batches)
     scored = perf_counter()
 
-    # 6) to 9) Δlog p, Future-KL, loss and one update per mini-batch.
+    # Sections 6 to 9: Δlog p, Future-KL, loss, and one update per mini-batch.
     updates = []
     for mini_batch in progress(mini_batches, desc="update"):
         update = add_gradients(policy, mini_batch, cfg)
@@ -1758,8 +1760,8 @@ def train(cfg: Config) -> None:
         with signals_set_stop(), progress(total=cfg.steps, initial=run.step, desc="steps") as bar:
             try:
                 while True:
-                    # Step n is evaluated and logged here, after its checkpoint was saved. So a run
-                    # that resumes from this checkpoint begins with the same evaluation.
+                    # 1) Finish step `run.step` (0: the untrained model). A resumed run does this
+                    # first, because a checkpoint is saved before its step is evaluated.
                     is_last = run.step == cfg.steps
                     if eval_problems and (run.step % cfg.eval_every == 0 or is_last):
                         scores, groups = evaluate(sampler, eval_problems, cfg, run.step)
@@ -1768,6 +1770,7 @@ def train(cfg: Config) -> None:
                     run.log()
                     if is_last:
                         break
+                    # 2) Train the next step.
                     train_step(run, sampler, problems)
                     bar.update()
                     if run.step % cfg.save_every == 0 or run.step == cfg.steps:
@@ -1848,8 +1851,8 @@ class Run:
 
     The position is `step`, the number of rollout batches trained on, and `cursor`, the number of
     problems drawn from the stream. `metrics` belong to `step` and are logged after its evaluation.
-    `log_sizes` are the bytes of the logs before this evaluation: a run that resumes here cuts the
-    logs to these sizes and writes the rest again.
+    `log_sizes` are the bytes of the logs when `step` ended: with its training samples, but without
+    its evaluation and metrics. A resumed run cuts the logs to these sizes and goes on from there.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -1903,7 +1906,7 @@ class Run:
         """Refuse to resume with settings that differ from config.json, except MAY_CHANGE."""
 
         def comparable(settings: dict[str, Any], name: str) -> str:
-            # A file in --out may have moved with it. Other paths may be spelled differently.
+            # Compare files in --out relative to it, and other files by their absolute paths.
             text = str(settings[name]).replace(settings["out"].rstrip("/") + "/", "--out/")
             return os.path.abspath(text) if os.path.exists(text) else text
 
@@ -1990,7 +1993,7 @@ class Run:
         final = checkpoints / f"step_{self.step:06d}"
         partial = checkpoints / "partial"
         if from_rank_0((final / "state.json").exists()):
-            return
+            return  # a signal can follow the regular save of a step
         with user_error(f"writing the checkpoint {final} (is the disk full?)"):
             if rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # a run that was killed may have left it
@@ -2081,8 +2084,8 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend, timeout = "nccl", timedelta(hours=1)
-        # DeepSpeed uses the group that exists. It would create one with a device_id, with which
-        # later groups are made by ncclCommSplit, and this hangs if only some ranks call it.
+        # DeepSpeed adopts this group. It would create one with a device_id. Later groups would then
+        # be split off by ncclCommSplit, which hangs unless every rank calls it.
         distributed.init_process_group(backend, timeout=timeout)
         ds.init_distributed(verbose=False)
     GLOO["hosts"] = distributed.new_group(backend="gloo", timeout=host_timeout)
@@ -2114,7 +2117,7 @@ class VLLMSampler(Sampler):
         self.policy = policy
         self.on_gpu = policy.device.type == "cuda"
         # In training, the ranks exist already. In evaluation, vLLM starts its processes itself.
-        self.ranks = cfg.tensor_parallel if policy.has_optimizer else 1
+        self.ranks = cfg.tensor_parallel if policy.is_training else 1
         require(
             world() % self.ranks == 0,
             f"--tensor_parallel {self.ranks} does not divide the {world()} ranks.",
@@ -2307,8 +2310,10 @@ class DeepSpeedPolicy(Policy):
 
 
 # -------------------------------------------------------------------------------- 13. Command line
-def check_bounds(cfg: SharedConfig) -> None:
-    """Refuse numbers that are below the least value of their setting, or not finite."""
+def check_values(cfg: SharedConfig, *required: str) -> None:
+    """Refuse missing settings, and numbers below the least value of their setting or not finite."""
+    for name in required:
+        require(getattr(cfg, name), f"--{name} is missing.")
     for item in fields(cfg):
         value = getattr(cfg, item.name)
         if isinstance(value, (int, float)):
@@ -2318,11 +2323,9 @@ def check_bounds(cfg: SharedConfig) -> None:
                 value >= least and is_finite,
                 f"--{item.name} is {value}: it must be at least {least}, and finite.",
             )
-
-
-def require_given(cfg: SharedConfig, *names: str) -> None:
-    for name in names:
-        require(getattr(cfg, name), f"--{name} is missing.")
+    if isinstance(cfg, EvalConfig):
+        k, n = cfg.eval_k, cfg.eval_samples
+        require(k <= n, f"--eval_k is {k}, above --eval_samples {n}.")
 
 
 def resolve(cfg: Config) -> Config:
@@ -2330,9 +2333,7 @@ def resolve(cfg: Config) -> Config:
     preset = PRESETS[cfg.algorithm]
     missing = {name: value for name, value in preset.items() if getattr(cfg, name) is None}
     cfg = replace(cfg, prompts_per_round=cfg.prompts_per_round or cfg.prompts_per_batch, **missing)
-    require_given(cfg, "model", "data", "out")
-    check_bounds(cfg)
-    check_eval_k(cfg)
+    check_values(cfg, "model", "data", "out")
     batch = cfg.prompts_per_batch
     mini = cfg.prompts_per_mini_batch
     bounds = cfg.weight_range
@@ -2355,14 +2356,10 @@ def resolve(cfg: Config) -> Config:
     )
     if batch == mini and bounds[0] < bounds[1]:
         say(
-            "warning: one update per rollout batch makes FIPO DAPO: lower --prompts_per_mini_batch."
+            "warning: with one update per rollout batch, FIPO is the same as DAPO: "
+            "lower --prompts_per_mini_batch."
         )
     return cfg
-
-
-def check_eval_k(cfg: EvalConfig) -> None:
-    k = cfg.eval_k
-    require(k <= cfg.eval_samples, f"--eval_k is {k}, above --eval_samples {cfg.eval_samples}.")
 
 
 @contextlib.contextmanager
@@ -2396,9 +2393,7 @@ def exit_with(sentence: str) -> None:
 
 def run_eval(cfg: EvalConfig) -> None:
     """Measure avg@n, cons@n, pass@k and mean length of a model. With --out, write all responses."""
-    require_given(cfg, "model", "data")
-    check_bounds(cfg)
-    check_eval_k(cfg)
+    check_values(cfg, "model", "data")
     check_launcher(deepspeed="")
     is_possible = in_main_thread() or cfg.verifier == "dapo"
     require(is_possible, "math-verify works in the main thread only: use --verifier dapo.")

@@ -70,8 +70,7 @@ class TokensConfig(fipo.SharedConfig):
 
 
 def check_settings(cfg: TokensConfig) -> None:
-    fipo.require_given(cfg, "base", "trained", "data", "out")
-    fipo.check_bounds(cfg)
+    fipo.check_values(cfg, "base", "trained", "data", "out")
     is_single = os.environ.get("WORLD_SIZE", "1") == "1"
     require(is_single, "the token study runs in one process: start it with python.")
     require(
