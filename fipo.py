@@ -605,13 +605,15 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
 
 
 def warn_about_answers(source: str, answers: list[str]) -> None:
-    """Report answers such as 025, which the dapo verifier does not find equal to 25."""
-    count = sum(bool(re.match(r"-?0\d", normalize_answer(answer))) for answer in answers)
-    if count:
-        say(
-            f"{source}: {count} of {len(answers)} answers begin with 0, which the dapo verifier "
-            "compares as text: use --verifier math."
-        )
+    """Report answers that the dapo verifier will rarely find in a response."""
+    num_long = sum(len(answer) > 100 for answer in answers)
+    num_padded = sum(bool(re.match(r"-?0\d", normalize_answer(answer))) for answer in answers)
+    for count, problem in ((num_long, "have over 100 characters"), (num_padded, "begin with 0")):
+        if count:
+            say(
+                f"{source}: {count} of {len(answers)} answers {problem}, which the dapo verifier "
+                "compares as text: use --verifier math."
+            )
 
 
 # ------------------------------------------------------------------------------------- 3. Rollouts
@@ -1083,8 +1085,8 @@ def token_logprobs(
     hidden = hidden[row, t]  # [N, D]
     targets = input_ids[row, t + 1]  # [N]
     head = model.get_output_embeddings()
-    # All chunks share one float32 copy. Calling head(h) would make ZeRO-3 gather the weight again for
-    # each chunk; DeepSpeedPolicy registers it, so that it is gathered once, here.
+    # All chunks share one float32 copy. Calling head(h) would make ZeRO-3 gather the weight for
+    # every chunk; DeepSpeedPolicy registers it, so that it is gathered once, here.
     weight = head.weight.float()
     bias = None if head.bias is None else head.bias.float()
 
@@ -1698,8 +1700,8 @@ def collect_rollouts(
                 groups = []
     accuracy = fmean(accuracies)
     raise NoSignal(
-        f"step {step}: {len(accuracies)} groups in {cfg.max_gen_rounds} rounds did not give a batch "
-        f"of {cfg.prompts_per_batch} with a signal. Their accuracy is {accuracy:.1%}: give "
+        f"step {step}: {len(accuracies)} groups in {cfg.max_gen_rounds} rounds did not give a "
+        f"batch of {cfg.prompts_per_batch} with a signal. Their accuracy is {accuracy:.1%}: give "
         f"{'harder' if accuracy > 0.5 else 'easier'} problems or a larger group."
     )
 
