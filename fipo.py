@@ -4,11 +4,11 @@ DAPO gives every token of a response the same advantage A. FIPO multiplies it, t
 influence weight f = clip(exp(F)). F_t is the discounted sum of how far the policy has already moved
 (Δlog p) on the tokens from t on, so tokens that lead into a reinforced future count more.
 
-Why exp(F)? With the ratios ρ_t = π_θ / π_old, a whole response satisfies the identity
-    Π_k ρ_k − 1 = Σ_t (ρ_t − 1) · Π_{k>t} ρ_k.
+Why exp(F)? With the ratios r_t = π_θ / π_old, a whole response satisfies the identity
+    Π_k r_k − 1 = Σ_t (r_t − 1) · Π_{k>t} r_k.
 Times A, the left side is the exact off-policy objective of a response. The right side splits it
-into one term per token, (ρ_t − 1) · A, times the ratio of everything after the token. PPO drops
-this last factor. exp(F_t) = Π_{k≥t} ρ_k^(γ^(k−t)) is this factor, damped by γ and with token t
+into one term per token, (r_t − 1) · A, times the ratio of everything after the token. PPO drops
+this last factor. exp(F_t) = Π_{k≥t} r_k^(γ^(k−t)) is this factor, damped by γ and with token t
 itself included. F is a signed sum of log-ratios, not a KL divergence; the name is the paper's.
 
 The sections follow the data:
@@ -108,7 +108,9 @@ class SharedConfig:
     verifier: Literal["dapo", "math"] = setting(
         "dapo", "dapo: compare the last 'Answer:' line as text; math: use math-verify"
     )
-    rollout_rows: int = setting(512, "responses sampled at a time; bounds rollout memory", least=1)
+    rollout_rows: int = setting(
+        512, "responses an engine samples at a time; bounds memory", least=1
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute dtype; auto: bfloat16 on a GPU that supports it, else float32"
     )
@@ -490,7 +492,7 @@ def read_answer(value: Any, column: str, where: str) -> str:
             f"{where} has the {column} {value}, a float so large that it may have been rounded: "
             "write it as text or as an integer.",
         )
-        # + 0.0 turns −0.0 into 0.
+        # NaN and infinity become "", which the last line refuses. + 0.0 turns −0.0 into 0.
         value = numpy.format_float_positional(value + 0.0, trim="-") if is_finite else ""
     elif isinstance(value, decimal.Decimal):
         value = f"{value.normalize():f}"
@@ -631,7 +633,7 @@ class Rollout:
     reward: float = 0.0
     advantage: float = 0.0
     old_logp: Tensor | None = None  # [T] log π_old, computed by the trainer
-    logp: Tensor | None = None  # [T] log π_θ just before the update on this response
+    logp: Tensor | None = None  # [T] log π_θ at the update on this response, only for the logs
 
     @property
     def total_tokens(self) -> int:
@@ -802,12 +804,12 @@ def sample(
 ) -> Iterator[list[Rollout]]:
     """Yield a group of n graded responses to each problem, in order, on every rank.
 
-    The engines work on `rollout_rows` responses at a time, so that the caller can stop early. The
+    Each engine works on `rollout_rows` responses at a time, so that the caller can stop early. The
     responses depend only on `purpose` and on the position of the problem in the list.
     """
     engines = world() // sampler.ranks
     engine = rank() // sampler.ranks
-    chunk_size = engines * max(1, cfg.rollout_rows // n)
+    chunk_size = engines * max(1, cfg.rollout_rows // n)  # in problems, for all engines together
     with progress(total=len(problems), desc="rollout", unit="prompt") as bar:
         for start in range(0, len(problems), chunk_size):
             chunk = range(len(problems))[start : start + chunk_size]
@@ -948,7 +950,7 @@ def in_box(answer: str) -> str:
     # Remove punctuation and signs that led over to the words.
     trailing = r"(?:[\s.,;:=(≈–—\\-]|\\approx|(?<![A-Za-z])(?:and|or))*$"
     before_words = re.sub(trailing, "", before_words)
-    return rf"\boxed{{{before_words}}}" if before_words else ""
+    return rf"\boxed{{{before_words}}}" if before_words else ""  # "" equals no result
 
 
 def has_mathematics(text: str) -> bool:
@@ -1166,8 +1168,8 @@ def influence_weight(
     [B, T]. f is a constant to the gradient.
 
     Tokens whose ratio exceeds dual_clip (M_t = 0) do not count in F. Where A < 0 and a token's own
-    ratio exceeds `safety`, f is clamped to [0.8, 1], as in the authors' release: 1 in the default
-    weight_range.
+    ratio exceeds `safety`, f is clamped to [0.8, 1], as in the authors' release. With `safety` at
+    dual_clip, the default, such a token is dual-clipped and has no gradient anyway.
 
     >>> delta_logp = torch.tensor([[0.0, 0.0, 0.2, 0.4]])
     >>> one = torch.ones(1, 4)
@@ -1375,7 +1377,8 @@ class Policy:
         self.autocast = functools.partial(
             torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16
         )
-        torch.backends.cuda.matmul.allow_tf32 = self.bf16  # speeds up the float32 head four times
+        # TF32 rounds the inputs of the float32 head but not its logits, and is four times as fast.
+        torch.backends.cuda.matmul.allow_tf32 = self.bf16
 
     def load(self, device: torch.device | None) -> None:
         """Load the tokenizer and the model, and create the optimizer.
@@ -1680,7 +1683,7 @@ def collect_rollouts(
         purpose = (cfg.seed, "rollout", step, gen_round)
         for group in sample(sampler, drawn, purpose, cfg, cfg.group_size, cfg.temperature, 1.0):
             accuracy = fmean(r.correct for r in group)
-            accuracies.append(accuracy)
+            accuracies.append(accuracy)  # one per problem used; unused ones stay in the stream
             lengths += [len(r.response_ids) for r in group]
             if not cfg.dynamic_sampling or 0 < accuracy < 1:
                 groups.append(group)
@@ -1781,7 +1784,7 @@ def train(cfg: Config) -> None:
             except (Interrupted, NoSignal) as end:
                 # All ranks raise it together, and the weights are those of run.step.
                 if run.step > 0:
-                    run.save()
+                    run.save()  # does nothing if this step is already saved
                     say(f"saved step {run.step} in {run.out}; --resume continues from there.")
                 else:
                     say(f"no step was finished, so there is nothing to save in {run.out}.")
@@ -2145,7 +2148,7 @@ class VLLMSampler(Sampler):
                 max_num_seqs=min(most_rows, 1024),  # vLLM's own limit on the largest GPUs
                 gpu_memory_utilization=cfg.vllm_memory,
                 enable_sleep_mode=self.on_gpu,
-                logprobs_mode="processed_logprobs",
+                logprobs_mode="processed_logprobs",  # after temperature and top-p
                 tensor_parallel_size=cfg.tensor_parallel,
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             )
@@ -2163,7 +2166,9 @@ class VLLMSampler(Sampler):
         if self.on_gpu:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        # vLLM reads the trainer's weights one by one, as it would read them from a file.
+        # vLLM reads the trainer's weights one by one, as from a file, and keeps its slice of each.
+        # Its worker is in this process, so the call can take a generator. All ranks run through it
+        # together, because gathering shards is collective.
         self.llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": self.policy.weights()}
         )
@@ -2286,7 +2291,7 @@ class DeepSpeedPolicy(Policy):
         self.engine.backward(loss * world())
 
     def step(self, lr: float) -> float:
-        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.param_groups[0]["lr"] = lr  # the engine steps this same object
         self.engine.step()  # clips, and skips the update if a gradient is not finite
         return float(self.engine.get_global_grad_norm())
 
