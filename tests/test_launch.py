@@ -1,7 +1,8 @@
-"""How train_32b.sh starts a run: what reaches the nodes, what is fetched, and what a failure leads to.
+"""How train_32b.sh starts a run: what reaches the nodes, what is downloaded, and what failures do.
 
-There is one machine here, so its `ssh` is a script that runs the command on this machine, in a shell without the
-environment of the caller, as sshd does. DeepSpeed's launcher and, where it is installed, pdsh are the real ones.
+There is one machine here. So `ssh` is a script that runs the command on this machine, in a shell
+without the environment of the caller, as sshd does. DeepSpeed's launcher is the real one, and so is
+pdsh where it is installed.
 """
 
 import http.server
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, write_jsonl
 
+import fetch
+import fipo
+
 SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done
 host=$1; shift; command=$*
@@ -27,50 +31,75 @@ exec env -i bash -c "$command"
 PDSH = r"""#!/bin/bash
 # In a command, %n is the number of the host, %h its name and %% a percent sign.
 while [[ $1 != -w ]]; do shift; done
-hosts=${2//,/ }; shift 2; number=0; status=0
+hosts=${2//,/ }; shift 2; number=0; status=0; pids=()
 for host in $hosts; do
-  ssh "$host" "$(sed "s/%%/\a/g; s/%n/$number/g; s/%h/$host/g; s/\a/%/g" <<<"$*")" || status=$?
+  ssh "$host" "$(sed "s/%%/\a/g; s/%n/$number/g; s/%h/$host/g; s/\a/%/g" <<<"$*")" &
+  pids+=($!)
   number=$((number + 1))
 done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 exit $status
 """
 TORCHRUN = """#!/bin/bash
 env -0 >'SEEN'/local
 """
+# The script calls plan.py and, without a HOSTFILE, fetch.py. Other tests start them.
+PYTHON = """#!/bin/bash
+echo "$(basename "$1") $*" >>'SEEN'/../python_calls
+"""
 
 
 @pytest.fixture
 def start(reader, tmp_path):
-    """Runs train_32b.sh on a tiny model; returns the process and the environments that the training was given."""
+    """Runs train_32b.sh on a tiny model, up to the start of the training.
+
+    Returns the finished process, and the environments in which the training would have started.
+    """
     pytest.importorskip("deepspeed")
-    seen, programs, temporary = tmp_path / "seen", tmp_path / "bin", tmp_path / "temporary"
+    seen = tmp_path / "seen"
+    programs = tmp_path / "bin"
+    temporary = tmp_path / "temporary"
     for folder in (seen, programs, temporary):
         folder.mkdir()
-    fakes = {"ssh": SSH, "torchrun": TORCHRUN}
-    if not shutil.which("pdsh"):
-        fakes["pdsh"] = PDSH
-    for name, text in fakes.items():
-        (programs / name).write_text(text.replace("SEEN", str(seen)))
-        (programs / name).chmod(0o755)
     data = tmp_path / "my sums.jsonl"  # a path with a space
     write_jsonl(data, [{"prompt": "1+1=", "answer": "2"}])
 
-    def run(
-        *words: str, **env: str
-    ) -> tuple[subprocess.CompletedProcess, dict[str, dict[str, str]]]:
-        whole = environment(MODEL=reader, DATA=str(data), EVAL_DATA="", OUT=str(tmp_path / "run"), TP="1",
-                            GPUS_PER_NODE="1", TMPDIR=str(temporary))  # fmt: skip
-        del whole["OMP_NUM_THREADS"]
-        whole["PATH"] = f"{programs}:{whole['PATH']}"
-        small = "--max_prompt 16 --max_response 64 --overlong_buffer 8".split()
-        done = subprocess.run(["bash", str(ROOT / "train_32b.sh"), *small, *words], env=whole | env,
-                              capture_output=True, text=True)  # fmt: skip
-        assert not list(temporary.glob("tmp.*")), "no file with tokens is left"
+    def install(name: str, text: str) -> None:
+        path = programs / name
+        path.write_text(text.replace("SEEN", str(seen)))
+        path.chmod(0o755)
+
+    install("ssh", SSH)
+    install("torchrun", TORCHRUN)
+    install("python", PYTHON)
+    if not shutil.which("pdsh"):
+        install("pdsh", PDSH)
+
+    def run(**env: str) -> tuple[subprocess.CompletedProcess, dict[str, dict[str, str]]]:
+        variables = environment(
+            MODEL=reader,
+            DATA=str(data),
+            EVAL_DATA="",
+            OUT=str(tmp_path / "run"),
+            TP="1",
+            GPUS_PER_NODE="1",
+            TMPDIR=str(temporary),
+        )
+        del variables["OMP_NUM_THREADS"]
+        variables["PATH"] = f"{programs}:{variables['PATH']}"
+        limits = "--max_prompt 16 --max_response 64 --overlong_buffer 8".split()
+        process = subprocess.run(
+            ["bash", str(ROOT / "train_32b.sh"), *limits],
+            env=variables | env,
+            capture_output=True,
+            text=True,
+        )
+        assert not list(temporary.glob("tmp.*")), "a file that may hold tokens was not removed"
         environments = {}
         for path in seen.iterdir():
             pairs = path.read_text().split("\0")[:-1]
             environments[path.name] = dict(pair.split("=", 1) for pair in pairs)
-        return done, environments
+        return process, environments
 
     return run
 
@@ -82,6 +111,7 @@ def hosts(tmp_path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_every_node_gets_the_environment_that_a_run_reads(start, hosts):
     given = {
         "HF_HOME": "/some where/hub",
@@ -93,8 +123,8 @@ def test_every_node_gets_the_environment_that_a_run_reads(start, hosts):
         "CUDA_HOME": "/usr/local/cuda",
         "https_proxy": "http://proxy:80",
     }
-    done, environments = start(HOSTFILE=hosts, SECRET_OF_ANOTHER_PROGRAM="x", **given)
-    assert done.returncode == 0, done.stderr
+    process, environments = start(HOSTFILE=hosts, SECRET_OF_ANOTHER_PROGRAM="x", **given)
+    assert process.returncode == 0, process.stderr
     assert sorted(environments) == ["node1", "node2"]
     for seen in environments.values():
         assert {name: seen.get(name) for name in given} == given
@@ -102,62 +132,81 @@ def test_every_node_gets_the_environment_that_a_run_reads(start, hosts):
         assert seen["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
         assert seen["HF_HUB_OFFLINE"] == "1"
         assert "SECRET_OF_ANOTHER_PROGRAM" not in seen
-    assert "hf_secret" not in done.stdout + done.stderr, "the log shows no token"
+    assert "hf_secret" not in process.stdout + process.stderr
 
 
-def test_training_does_not_start_where_a_download_fails(start, hosts):
-    done, environments = start(HOSTFILE=hosts, DATA="nobody/no-such-data")
-    assert done.returncode != 0 and not environments
-    assert "reading problems from nobody/no-such-data failed" in done.stderr + done.stdout
+@pytest.mark.slow
+def test_failed_download_stops_the_start(start, hosts):
+    process, environments = start(HOSTFILE=hosts, DATA="nobody/no-such-data")
+    assert process.returncode != 0
+    assert not environments
+    message = "reading problems from nobody/no-such-data failed"
+    assert message in process.stderr + process.stdout
 
 
-@pytest.mark.parametrize("given, threads", [
-    ({"GPUS_PER_NODE": "1000"}, 1),
-    ({"OMP_NUM_THREADS": "5"}, 5),
-])  # fmt: skip
-def test_ranks_share_the_cores_of_a_node(start, given, threads):
-    done, environments = start(**given)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "given, threads",
+    [({"GPUS_PER_NODE": "1000"}, 1), ({"OMP_NUM_THREADS": "5"}, 5)],
+)
+def test_ranks_share_the_cores_of_a_node(start, tmp_path, given, threads):
+    process, environments = start(**given)
+    assert process.returncode == 0, process.stderr
+    calls = (tmp_path / "python_calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["plan.py", "fetch.py"]
+    assert all(str(tmp_path / "my sums.jsonl") in call for call in calls)
     assert environments["local"]["OMP_NUM_THREADS"] == str(threads)
     assert environments["local"]["HF_HUB_OFFLINE"] == "1"
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--model", "nobody/no-such-model"], "downloading the model 'nobody/no-such-model' failed"),
-    (["--eval_data", "nobody/no-such-data:main:test"], "reading problems from nobody/no-such-data:main:test failed"),
-])  # fmt: skip
-def test_fetch_names_what_it_cannot_download(reader, sums, words, said):
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["--model", "nobody/no-such-model"],
+            "downloading the model 'nobody/no-such-model' failed",
+        ),
+        (
+            ["--eval_data", "nobody/no-such-data:main:test"],
+            "reading problems from nobody/no-such-data:main:test failed",
+        ),
+    ],
+)
+def test_fetch_names_what_it_cannot_download(reader, sums, words, message):
     given = ["--model", reader, "--data", sums, "--out", "o", *words]
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "fetch.py"), *given], env=environment(),
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end, fipo.report_errors():
+        fetch.fetch(given)
+    sentence = str(end.value.code)
+    assert message in sentence
+    assert len(sentence.splitlines()) == 1
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub, on this machine, with one data set of one file."""
+    """A hub on this machine, with one dataset of one file."""
 
     commit = "a" * 40
     file = json.dumps({"prompt": "1+1=", "answer": "2"}).encode()
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        described = {"type": "file", "path": "train.jsonl", "size": len(self.file), "oid": "b" * 40}
+        from_commit = {"X-Repo-Commit": self.commit}
         if path.endswith("/train.jsonl"):
-            self.answer(200, self.file, {"ETag": '"c"', "X-Repo-Commit": self.commit})
+            self.answer(200, self.file, from_commit | {"ETag": '"c"'})
         elif path.endswith((f"/tree/{self.commit}", f"/tree/{self.commit}/")):
-            self.answer(200, json.dumps([described]).encode())
+            size = len(self.file)
+            file = {"type": "file", "path": "train.jsonl", "size": size, "oid": "b" * 40}
+            self.answer(200, json.dumps([file]).encode())
         elif path in ("/api/datasets/me/sums", f"/api/datasets/me/sums/revision/{self.commit}"):
-            self.answer(
-                200, json.dumps({"id": "me/sums", "sha": self.commit, "siblings": []}).encode()
-            )
+            dataset = {"id": "me/sums", "sha": self.commit, "siblings": []}
+            self.answer(200, json.dumps(dataset).encode())
         else:
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+            self.answer(404, b"", from_commit | {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -167,20 +216,26 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_ranks_read_offline_what_fetch_has_downloaded(reader, tmp_path):
-    """A snapshot alone would not do: offline, `datasets` finds only what it has prepared itself."""
+@pytest.mark.slow
+def test_fetched_data_can_be_read_offline(reader, tmp_path):
+    """A snapshot would not be enough: offline, `datasets` finds only what it has prepared."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
-        home = environment(HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+        port = hub.server_port
+        variables = environment(HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{port}")
+
+        def run(is_offline: str, *words: str) -> subprocess.CompletedProcess:
+            return subprocess.run(
+                [sys.executable, *words],
+                env=variables | {"HF_HUB_OFFLINE": is_offline},
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+
         words = ["--model", reader, "--data", "me/sums", "--out", "o"]
-        fetch = [sys.executable, str(ROOT / "scripts" / "fetch.py"), *words]
-        done = subprocess.run(
-            fetch, env=home | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        process = run("0", "scripts/fetch.py", *words)
+        assert process.returncode == 0, process.stderr
         hub.shutdown()
-    read = [sys.executable, "-c", "import fipo; print(fipo.load_problems('me/sums'))"]
-    done = subprocess.run(
-        read, env=home | {"HF_HUB_OFFLINE": "1"}, cwd=ROOT, capture_output=True, text=True
-    )
-    assert "Problem(prompt='1+1=', answer='2'" in done.stdout, done.stderr
+    process = run("1", "-c", "import fipo; print(fipo.load_problems('me/sums'))")
+    assert "Problem(prompt='1+1=', answer='2'" in process.stdout, process.stderr
