@@ -2220,10 +2220,11 @@ def read_deepspeed(path: str) -> dict[str, Any]:
         automatic = re.findall(r'"(\w+)"\s*:\s*"auto"', text)
         require(not automatic, f'{path}: {automatic} is "auto": give a value, or remove it.')
         config = json.loads(text)
-        stage = config["zero_optimization"]["stage"]
+        zero = config.get("zero_optimization", {})
         num_accumulated = DeepSpeedConfig(dict(config)).gradient_accumulation_steps
-    require(stage in (2, 3), f"{path}: zero_optimization.stage must be 2 or 3.")
-    decided = {"optimizer", "scheduler", "fp16", "torch_autocast"} & config.keys()
+    require(zero.get("stage") in (2, 3), f"{path}: zero_optimization.stage must be 2 or 3.")
+    decided = [name for name in ("optimizer", "scheduler", "fp16") if name in config]
+    decided += [f"zero_optimization.{name}" for name in zero if "offload" in name]
     require(not decided, f"{path}: remove {', '.join(decided)}, which the command line decides.")
     require(
         num_accumulated == 1,

@@ -232,7 +232,7 @@ def random_weights(shape: Qwen2Config) -> Qwen2ForCausalLM:
 class RandomPolicy(fipo.Policy):
     """fipo.Policy with random bfloat16 weights. Its `path` is the shape of the model."""
 
-    def load(self) -> None:
+    def load(self, device: torch.device | None) -> None:
         self.tokenizer = train_small.character_tokenizer()
         self.model = random_weights(self.path)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -247,13 +247,12 @@ def plain_pass_bytes(
     width = config.hidden_size
     inner = config.intermediate_size
     layers = config.num_hidden_layers
+    logits = 16 * chunk * config.vocab_size
     if bf16:
         layer = tokens * (36 * width + 8 * inner)
-        logits = 16 * chunk * config.vocab_size
         weight_copies = 2 * parameters
     else:
         layer = tokens * (48 * width + 16 * inner)
-        logits = 20 * chunk * config.vocab_size
         weight_copies = 0
     if recomputed:
         layer_inputs = 4 * layers * tokens * width
