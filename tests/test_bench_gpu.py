@@ -9,6 +9,8 @@ from conftest import ROOT
 import bench_gpu
 import plan
 
+pytestmark = pytest.mark.slow
+
 TOO_LONG = 10**15  # tokens whose ids alone take 8 PB
 MODELS = [f"model-{name}" for name in bench_gpu.SHAPES]
 Results = dict[tuple[str, str], dict[str, str]]

@@ -517,6 +517,15 @@ def test_problems_beyond_the_first_n_and_long_prompts_are_dropped(base, tmp_path
         lengths()
 
 
+def test_answers_too_long_for_dapo_are_reported(base, tmp_path, capsys):
+    data = tmp_path / "a.jsonl"
+    write_jsonl(data, [{"prompt": "1+1=?\n", "solution": "We add. " * 20 + "Answer: $2$."}])
+    cfg = fipo.EvalConfig(model=base, data=str(data), max_prompt=16, max_response=8)
+    fipo.encode_problems(cfg.data, fipo.Policy(base, cfg), cfg)
+    reported = "1 of 1 answers have over 100 characters, which the dapo verifier compares"
+    assert reported in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verifier", ["dapo", "math"])
 def test_answers_with_leading_zeros_are_reported_for_dapo(base, tmp_path, capsys, verifier):
     answers = ["025", "$07$", "-03", "0", "0.5", ".05", "10", "-0.5"]
