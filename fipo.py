@@ -2221,8 +2221,8 @@ def read_deepspeed(path: str) -> dict[str, Any]:
         require(not automatic, f'{path}: {automatic} is "auto": give a value, or remove it.')
         config = json.loads(text)
         zero = config.get("zero_optimization", {})
+        require(zero.get("stage") in (2, 3), f"{path}: zero_optimization.stage must be 2 or 3.")
         num_accumulated = DeepSpeedConfig(dict(config)).gradient_accumulation_steps
-    require(zero.get("stage") in (2, 3), f"{path}: zero_optimization.stage must be 2 or 3.")
     decided = [name for name in ("optimizer", "scheduler", "fp16") if name in config]
     decided += [f"zero_optimization.{name}" for name in zero if "offload" in name]
     require(not decided, f"{path}: remove {', '.join(decided)}, which the command line decides.")

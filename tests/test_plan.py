@@ -82,6 +82,7 @@ def dry_run(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_for_32b_from_any_folder(tmp_path):
     pytest.importorskip("deepspeed")
     env = environment(DRY_RUN="1", NNODES="8")
@@ -97,6 +98,7 @@ def test_dry_run_prints_the_plan_for_32b_from_any_folder(tmp_path):
     assert rows[64][-2:] == ["yes", "yes"]
 
 
+@pytest.mark.slow
 def test_dry_run_stops_after_the_plan_of_a_run_that_does_not_fit():
     pytest.importorskip("deepspeed")
     env = environment(DRY_RUN="1")
