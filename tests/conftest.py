@@ -31,7 +31,8 @@ from transformers import (
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache"  # kept between sessions
-EXTENSIONS = CACHE / "torch_extensions"  # DeepSpeed compiles them once
+# DeepSpeed compiles its extensions once for each environment.
+EXTENSIONS = CACHE / "torch_extensions" / Path(sys.prefix).name
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
 # The launchers of this environment, and its ninja: another version would compile everything again.
 SCRIPTS = Path(sys.executable).parent

@@ -23,6 +23,7 @@ import fipo
 SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done
 host=$1; shift; command=$*
+[[ $host == idle ]] && exit
 [[ $command == hostname* ]] && { echo 127.0.0.1; exit; }
 # The training itself is not started. Its environment is kept instead.
 [[ $command == *"fipo.py train"* ]] && command="${command%%cd /*} env -0 >'SEEN'/$host"
@@ -104,15 +105,10 @@ def start(reader, tmp_path):
     return run
 
 
-@pytest.fixture
-def hosts(tmp_path) -> str:
-    path = tmp_path / "hosts"
-    path.write_text("node1 slots=1\n# node0 slots=7\nnode2 slots=1\n")
-    return str(path)
-
-
 @pytest.mark.slow
-def test_every_node_gets_the_environment_that_a_run_reads(start, hosts):
+def test_every_node_gets_the_environment_that_a_run_reads(start, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=1\n# node0 slots=7\nnode2 slots=1\n")
     given = {
         "HF_HOME": "/some where/hub",
         "HF_TOKEN": "hf_secret=",
@@ -123,7 +119,7 @@ def test_every_node_gets_the_environment_that_a_run_reads(start, hosts):
         "CUDA_HOME": "/usr/local/cuda",
         "https_proxy": "http://proxy:80",
     }
-    process, environments = start(HOSTFILE=hosts, SECRET_OF_ANOTHER_PROGRAM="x", **given)
+    process, environments = start(HOSTFILE=str(hosts), SECRET_OF_ANOTHER_PROGRAM="x", **given)
     assert process.returncode == 0, process.stderr
     assert sorted(environments) == ["node1", "node2"]
     for seen in environments.values():
@@ -136,8 +132,10 @@ def test_every_node_gets_the_environment_that_a_run_reads(start, hosts):
 
 
 @pytest.mark.slow
-def test_failed_download_stops_the_start(start, hosts):
-    process, environments = start(HOSTFILE=hosts, DATA="nobody/no-such-data")
+def test_failed_download_on_one_node_stops_the_start(start, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=1\nidle slots=1\n")  # nothing fails on the second node
+    process, environments = start(HOSTFILE=str(hosts), DATA="nobody/no-such-data")
     assert process.returncode != 0
     assert not environments
     message = "reading problems from nobody/no-such-data failed"

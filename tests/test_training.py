@@ -512,6 +512,7 @@ def cut_runs(long_run, tmp_path_factory) -> dict[str, fipo.Config]:
     while waiting:
         assert time.monotonic() < deadline
         for name in list(waiting):
+            assert processes[name].poll() is None, processes[name].stdout.read()
             if has_logged_step(Path(configs[name].out), 4):
                 processes[name].send_signal(getattr(signal, name))
                 waiting.remove(name)
