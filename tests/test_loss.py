@@ -537,6 +537,9 @@ def test_a_batch_without_tokens_and_a_batch_of_one_token():
     loss, grad, _ = loss_and_grad(*case_of([[0.0]], [1.0]))
     assert loss == -1
     assert grad.item() == -1
+    _, _, metrics = loss_and_grad(*case_of([[0.125]], [1.0]))
+    assert metrics["ppo_kl"] == -0.125
+    assert metrics["future_kl_mean"] == 0.125
 
 
 @pytest.mark.parametrize("pad", [1, 100, 200])
