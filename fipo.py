@@ -668,7 +668,7 @@ def sample_token(logits: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tenso
 
 
 class Sampler:
-    """The interface of a sampler. Each also has a method `generate`; see HFSampler.generate."""
+    """The interface of a sampler. The method `generate` is described at HFSampler.generate."""
 
     policy: Policy
     ranks = 1  # how many ranks share an engine, that is, generate the same responses
@@ -704,8 +704,8 @@ class HFSampler(Sampler):
     def check(self) -> None:
         """Compare a few tokens, sampled with padding and a cache, with a plain forward pass."""
         problems = [Problem("", "", [0]), Problem("", "", [0, 1, 2, 3])]
-        n, max_tokens, temperature, top_p = 2, 4, 1.0, 1.0
-        groups = self.generate(problems, [0, 1], n, max_tokens, temperature, top_p)
+        # n = 2 responses of max_tokens = 4, with temperature and top_p = 1.
+        groups = self.generate(problems, [0, 1], 2, 4, 1.0, 1.0)
         errors = []
         for r in flatten(groups):
             ids = torch.tensor(
@@ -842,7 +842,7 @@ def grade(rollouts: list[Rollout], policy: Policy, verifier: str) -> None:
 
 # -------------------------------------------------------------------------------------- 4. Rewards
 # The Minerva normalization, in the variant that DAPO and FIPO used: "ft" and "%" are not removed.
-# Order matters. "childrentickets" is sic.
+# The order matters. "childrentickets" is spelled as in the release.
 REPLACED = {
     "an ": "", "a ": "", ".$": "$", "\\$": "", "\\ ": "", " ": "", "mbox": "text",
     ",\\text{and}": ",", "\\text{and}": ",", "\\text{m}": "\\text{}",
@@ -1136,9 +1136,9 @@ def future_kl(delta_logp: torch.Tensor, mask: torch.Tensor, tau: float = 32.0) -
     >>> future_kl(delta_logp, mask=torch.tensor([[1, 1, 1, 0]]), tau=1.0)  # γ = 1/2
     tensor([[1., 2., 4., 0.]])
 
-    This equals F_t = M_t Δ_t + γ F_{t+1} from right to left, in log2(T) passes. A matrix
-    product would round to TF32 or bfloat16 where these are enabled, and a cumulative sum with
-    γ^(−t) would overflow (2^640 at T = 20480).
+    This equals F_t = M_t Δ_t + γ F_{t+1} from right to left, in log2(T) passes. A matrix product
+    would round to TF32 or bfloat16 where these are enabled, and a cumulative sum with γ^(−t) would
+    overflow (2^640 at T = 20480).
     """
     F = torch.where(mask.bool(), delta_logp, 0.0).float()
     distance = 1
@@ -1180,8 +1180,8 @@ def influence_weight(
     tensor([[1.1052, 1.2000, 1.2000, 1.2000]])
     """
     ratio = delta_logp.exp()
-    has_not_run_away = ratio <= dual_clip  # M_t
-    F = future_kl(delta_logp, mask.bool() & has_not_run_away, tau)
+    M = mask.bool() & (ratio <= dual_clip)
+    F = future_kl(delta_logp, M, tau)
     f = F.exp().clamp(*weight_range)
     is_unsafe = (advantages < 0) & (ratio > safety)
     return F, torch.where(is_unsafe, f.clamp(0.8, 1.0), f)
@@ -1252,7 +1252,7 @@ def fipo_loss(
     else:
         denominator = is_kept.sum().clamp(min=1)
     loss = torch.where(is_kept, token_loss, 0.0).sum() / denominator
-    is_clipped = mask & (clipped > unclipped)
+    is_clipped = clipped > unclipped  # never at masked positions, where both are 0
     metrics = loss_metrics(delta, F, f, mask, is_clipped, is_dual_clipped, is_dropped, weight_range)
     return loss, metrics
 
@@ -1898,7 +1898,7 @@ class Run:
             say(f"resuming after step {self.step} from {source}")
 
     def advance(self, cursor: int, metrics: dict[str, Any], rollouts: list[Rollout]) -> None:
-        """Take the position after a training step, and log some of its rollouts."""
+        """Move to the position after a training step, and log some of its rollouts."""
         self.step += 1
         self.cursor = cursor
         self.metrics = metrics
@@ -1944,8 +1944,8 @@ class Run:
             path = self.out / name
             if path.exists():
                 text = path.read_bytes()[:size].decode(errors="replace")
-                complete_lines = text[: text.rfind("\n") + 1]
-                replace_text(path, complete_lines)
+                end = text.rfind("\n") + 1  # a host that lost power may leave half a line
+                replace_text(path, text[:end])
         if self.cfg.wandb:
             with user_error("starting --wandb (pip install wandb)"):
                 import wandb
@@ -2085,10 +2085,12 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
     with user_error("starting DeepSpeed (its extension needs g++ and ninja)"):
         import deepspeed as ds
 
-        backend, timeout = "gloo", host_timeout
+        backend = "gloo"
+        timeout = host_timeout
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend, timeout = "nccl", timedelta(hours=1)
+            backend = "nccl"
+            timeout = timedelta(hours=1)
         # DeepSpeed adopts this group. It would create one with a device_id. Later groups would then
         # be split off by ncclCommSplit, which hangs unless every rank calls it.
         distributed.init_process_group(backend, timeout=timeout)
@@ -2332,8 +2334,10 @@ def check_values(cfg: SharedConfig, *required: str) -> None:
                 f"--{item.name} is {value}: it must be at least {least}, and finite.",
             )
     if isinstance(cfg, EvalConfig):
-        k, n = cfg.eval_k, cfg.eval_samples
-        require(k <= n, f"--eval_k is {k}, above --eval_samples {n}.")
+        require(
+            cfg.eval_k <= cfg.eval_samples,
+            f"--eval_k is {cfg.eval_k}, above --eval_samples {cfg.eval_samples}.",
+        )
 
 
 def resolve(cfg: Config) -> Config:

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, flags, read_jsonl, write_jsonl
+from conftest import ROOT, flags, read_jsonl, small_config, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fipo
@@ -33,20 +33,7 @@ SEEDS = list(range(6))
 def trained(base, sums, tmp_path_factory) -> str:
     """The base model after two batches of rollouts, with a learning rate high enough to see it."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    cfg = fipo.Config(
-        model=base,
-        data=sums,
-        out=str(run),
-        steps=2,
-        group_size=8,
-        prompts_per_batch=4,
-        prompts_per_mini_batch=2,
-        max_prompt=16,
-        max_response=32,
-        overlong_buffer=8,
-        lr=1e-3,
-        warmup_steps=0,
-    )
+    cfg = replace(small_config(base, sums, run), lr=1e-3, warmup_steps=0)
     fipo.train(cfg)
     return str(run / "checkpoints" / "step_000002")
 
