@@ -1857,7 +1857,7 @@ class Run:
     The position is `step`, the number of rollout batches trained on, and `cursor`, the number of
     problems drawn from the stream. `metrics` belong to `step` and are logged after its evaluation.
     `log_sizes` are the bytes of the logs when `step` ended: with its training samples, but without
-    its evaluation and metrics. A resumed run cuts the logs to these sizes and goes on from there.
+    its evaluation and metrics. A resumed run cuts the logs to these sizes and continues from there.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -2399,7 +2399,7 @@ def report_errors() -> Iterator[None]:
 def exit_with(sentence: str) -> None:
     if rank() == 0:
         sys.exit(f"fipo: {sentence}")
-    time.sleep(10)  # if rank 0 has met the same error, its launcher ends this rank meanwhile
+    time.sleep(10)  # if rank 0 met the same error, the launcher ends this rank first
     sys.exit(f"fipo: rank {rank()}: {sentence}")
 
 
