@@ -6,10 +6,10 @@ influence weight f = clip(exp(F)). F_t is the discounted sum of how far the poli
 
 Why exp(F)? With the ratios r_t = π_θ / π_old, a whole response satisfies the identity
     Π_k r_k − 1 = Σ_t (r_t − 1) · Π_{k>t} r_k.
-Times A, the left side is the exact off-policy objective of a response. The right side splits it
-into one term per token, (r_t − 1) · A, times the ratio of everything after the token. PPO drops
-this last factor. exp(F_t) = Π_{k≥t} r_k^(γ^(k−t)) is this factor, damped by γ and with token t
-itself included. F is a signed sum of log-ratios, not a KL divergence; the name is the paper's.
+Multiplied by A, the left side is the exact off-policy objective of a response. The right side
+splits it into one term per token, (r_t − 1) · A, times the ratio of everything after the token. PPO
+drops this last factor. exp(F_t) = Π_{k≥t} r_k^(γ^(k−t)) is this factor, damped by γ and with token
+t itself included. F is a signed sum of log-ratios, not a KL divergence; the name is the paper's.
 
 The sections follow the data:
   1. Problems    a prompt and the answer that a rule can check          load_problems
@@ -61,7 +61,7 @@ import warnings
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -88,7 +88,7 @@ from transformers.utils.logging import disable_progress_bar
 
 
 # ---------------------------------------------------------------------------------------- Settings
-def setting(default: Any, help: str, least: float = 0) -> Any:
+def setting(default, help, least=0):
     """A field of a settings class. `least` is the smallest number that it accepts."""
     return field(default=default, metadata={"help": help, "least": least})
 
@@ -98,7 +98,7 @@ class SharedConfig:
     """Settings of every command."""
 
     data: str = setting(
-        "", "problems: a .jsonl, .json or .parquet file, or hub name[:config[:split]]"
+        "", "problems: a .jsonl, .json or .parquet file, or a hub name[:config[:split]]"
     )
     problems: int = setting(0, "use only the first N problems of each file (0: all)")
     out: str = setting("", "folder for everything this command writes")
@@ -139,7 +139,7 @@ class Config(EvalConfig):
         "fipo", "preset; settings given explicitly override it"
     )
     eval_data: str = setting(
-        "", "evaluation problems, in the form of --data (empty: no evaluation)"
+        "", "evaluation problems, in the same format as --data (empty: no evaluation)"
     )
     steps: int = setting(400, "number of rollout batches to train on", least=1)
     resume: bool = setting(False, "continue from the newest checkpoint in --out, if there is one")
@@ -161,7 +161,9 @@ class Config(EvalConfig):
     )
     tau: float = setting(32.0, "half-life of the Future-KL in tokens, τ", least=1e-3)
     weight_range: list[float] | None = setting(None, "bounds lo hi of the influence weight f")
-    safety: float = setting(10.0, "where A < 0 and the ratio exceeds this, f is at most 1")
+    safety: float = setting(
+        10.0, "where A < 0 and the ratio exceeds this, f is clamped to [0.8, 1]"
+    )
     clip_low: float = setting(0.2, "lower clip of the ratio, 1 − clip_low")
     clip_high: float | None = setting(None, "upper clip of the ratio, 1 + clip_high")
     dual_clip: float | None = setting(
@@ -186,8 +188,8 @@ class Config(EvalConfig):
     wandb: str = setting("", "Weights & Biases project (empty: off)")
 
 
-# --resume accepts other values of these settings, which do not change what is learned. (Another
-# JSON file for DeepSpeed is possible, another engine is not.)
+# These settings may change on --resume, because they do not affect what is learned. --deepspeed may
+# name another JSON file, but a run cannot switch between plain torch and DeepSpeed.
 MAY_CHANGE = """steps out resume max_gen_rounds eval_data eval_every eval_samples eval_k
 eval_temperature eval_top_p save_every log_samples wandb rollout_rows tokens_per_micro_batch
 gradient_checkpointing vllm_memory tensor_parallel deepspeed""".split()
@@ -218,21 +220,21 @@ class FipoError(Exception):
 
 
 class NoSignal(FipoError):
-    """The rewards within each sampled group are equal, so there is nothing to learn from."""
+    """Too few groups have a signal: the rewards within the others are equal."""
 
 
 class Interrupted(Exception):
     """A signal arrived. Raised only where weights, optimizer and step counter agree."""
 
 
-def require(condition: Any, sentence: str) -> None:
+def require(condition, sentence):
     """Raise FipoError(sentence) unless the condition holds."""
     if not condition:
         raise FipoError(sentence)
 
 
 @contextlib.contextmanager
-def user_error(action: str) -> Iterator[None]:
+def user_error(action):
     """Turn an exception of another library into a FipoError: "<action> failed: <cause>"."""
     try:
         yield
@@ -245,45 +247,46 @@ def user_error(action: str) -> Iterator[None]:
 
 
 CPU = torch.device("cpu")
-# "hosts" is the group for Python objects, set by joined_ranks. NCCL only moves tensors of GPUs.
+# "hosts" is the gloo group for Python objects, set by joined_ranks. They travel through the hosts'
+# memory, because NCCL only moves GPU tensors.
 GLOO: dict[str, Any] = {}
 
 
-def world() -> int:
+def world():
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def rank() -> int:
+def rank():
     if distributed.is_initialized():
         return distributed.get_rank()
     return int(os.environ.get("RANK", 0))  # of a rank that has not joined yet, for its messages
 
 
-def all_gather(value: Any) -> list[Any]:
-    """Return the values of all ranks, on every rank. Objects travel between hosts, not GPUs."""
+def all_gather(value):
+    """Return the values of all ranks, on every rank."""
     values = [value] * world()
     if world() > 1:
         distributed.all_gather_object(values, value, group=GLOO["hosts"])
     return values
 
 
-def from_rank_0(value: Any) -> Any:
+def from_rank_0(value):
     """Return the value of rank 0, on every rank."""
     return all_gather(value)[0]
 
 
-def barrier() -> None:
+def barrier():
     all_gather(None)
 
 
-def say(text: str) -> None:
+def say(text):
     """Print on rank 0, without breaking a progress bar."""
     if rank() == 0:
         write = tqdm.write if sys.stderr.isatty() else print
         write(text)
 
 
-def progress(*args: Any, **options: Any) -> tqdm:
+def progress(*args, **options):
     """A progress bar on rank 0. Without a terminal, it prints a line per minute."""
     options |= {"leave": False, "disable": rank() > 0}
     if not sys.stderr.isatty():
@@ -298,12 +301,12 @@ def progress(*args: Any, **options: Any) -> tqdm:
     return tqdm(*args, **options)
 
 
-def derive_seed(*purpose: Any) -> int:
+def derive_seed(*purpose):
     """A seed for one purpose at one moment. Nothing has to be stored to resume a run exactly."""
     return zlib.crc32(repr(purpose).encode())
 
 
-def flatten(groups: Iterable[Iterable[Any]]) -> list[Any]:
+def flatten(groups):
     return [item for group in groups for item in group]
 
 
@@ -353,10 +356,10 @@ def load_problems(source: str) -> list[Problem]:
     return list(problems.values())
 
 
-def read_rows(source: str) -> Iterator[Any]:
+def read_rows(source):
     """Yield the rows of a local file or of a dataset on the hub.
 
-    Local files are not read with `datasets`, whose cache may hold an older content of the file.
+    Local files are not read with `datasets`, whose cache may hold an older version of the file.
     """
     suffix = Path(source).suffix.lower()
     if suffix in (".json", ".jsonl"):
@@ -378,7 +381,7 @@ def read_rows(source: str) -> Iterator[Any]:
             yield from arrow_rows(table)
 
 
-def read_json(source: str) -> list[Any]:
+def read_json(source):
     """Read a file with one JSON value, or with one JSON value per line."""
     content = Path(source).read_bytes()
     try:
@@ -400,15 +403,18 @@ def read_json(source: str) -> list[Any]:
     return rows
 
 
-def arrow_rows(table: Any) -> Iterable[dict[str, Any]]:
-    """Return the rows of an arrow table as dictionaries."""
+def arrow_rows(table):
+    """Return the rows of an arrow table as dictionaries.
+
+    to_pylist is fast, but turns a float32 0.1 into 0.10000000149, which no response would match.
+    """
     # Arrow calls float16, float32 and float64: halffloat, float and double.
     has_short_floats = re.search(r"\b(half)?float\b", str(table.schema))
     return map(arrow_value, table.to_struct_array()) if has_short_floats else table.to_pylist()
 
 
-def arrow_value(scalar: Any) -> Any:
-    """Like scalar.as_py(), but float32 stays float32. As a Python float, 0.1 has more digits."""
+def arrow_value(scalar):
+    """Like scalar.as_py(), but floats keep their precision: a float32 becomes a numpy.float32."""
     import pyarrow
 
     if isinstance(scalar, pyarrow.StructScalar) and scalar.is_valid:
@@ -420,7 +426,7 @@ def arrow_value(scalar: Any) -> Any:
     return scalar.as_py()
 
 
-def read_problem(row: Any, where: str) -> Problem:
+def read_problem(row, where) -> Problem:
     """Convert a row into a Problem. `where` names its file and number in errors."""
     require(isinstance(row, dict), f"{where} is not an object with named columns.")
     prompt_column = next((c for c in ("prompt", "question", "problem") if c in row), None)
@@ -442,7 +448,7 @@ def read_problem(row: Any, where: str) -> Problem:
     return Problem(prompt, read_answer(row[answer_column], answer_column, where))
 
 
-def decode_json(value: Any) -> Any:
+def decode_json(value):
     """Decode JSON text such as '["17"]' or '{"style": "rule"}'. Return other values unchanged."""
     if isinstance(value, str) and re.match(r'\s*[\[{]\s*["{]', value):
         with contextlib.suppress(ValueError):
@@ -450,7 +456,7 @@ def decode_json(value: Any) -> Any:
     return value
 
 
-def read_prompt(value: Any, column: str, where: str) -> str | list[dict[str, str]]:
+def read_prompt(value, column, where):
     prompt = decode_json(value)
     require(prompt, f"{where} has no {column}: fill it in or remove the row.")
     if isinstance(prompt, str):
@@ -475,7 +481,7 @@ def read_prompt(value: Any, column: str, where: str) -> str | list[dict[str, str
     return prompt
 
 
-def read_answer(value: Any, column: str, where: str) -> str:
+def read_answer(value, column, where):
     """Return the answer as text: lists of one are unwrapped, numbers keep their digits."""
     value = decode_json(value)
     if column == "reward_model":
@@ -510,7 +516,7 @@ def read_answer(value: Any, column: str, where: str) -> str:
 
 
 # -------------------------------------------------------------------------------------- 2. Prompts
-def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
+def encode_prompt(prompt, tokenizer):
     """Encode a prompt with the model's chat template, or as plain text if the model has none.
 
     If the last message is the assistant's, the response continues it.
@@ -528,8 +534,7 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
         keeps_content = text.endswith(content) if is_continued else content.strip() in text
         require(
             keeps_content,
-            "the model's chat template does not write the last message as it is: "
-            f"{content[:80]!r}.",
+            f"the model's chat template alters the last message, {content[:80]!r}.",
         )
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     text = prompt
@@ -543,7 +548,7 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[in
     return ids
 
 
-def end_of_turn(tokenizer: Any) -> list[int]:
+def end_of_turn(tokenizer):
     """Return the token with which the chat template ends the assistant's message, in a list.
 
     It may differ from EOS. The list is empty if there is no template or no such token.
@@ -563,7 +568,7 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     return sorted(ends, key=lambda token: not added[token].special)[:1]
 
 
-def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Problem]:
+def encode_problems(source, policy: Policy, cfg: SharedConfig) -> list[Problem]:
     """Load problems and fill their `prompt_ids` with the tokenizer of the policy.
 
     Prompts above --max_prompt are dropped with a message. Raises FipoError if none is left, or if
@@ -606,14 +611,14 @@ def encode_problems(source: str, policy: Policy, cfg: SharedConfig) -> list[Prob
     return fitting
 
 
-def warn_about_answers(source: str, answers: list[str]) -> None:
+def warn_about_answers(source, answers):
     """Report answers that the dapo verifier will rarely find in a response."""
     num_long = sum(len(answer) > 100 for answer in answers)
     num_padded = sum(bool(re.match(r"-?0\d", normalize_answer(answer))) for answer in answers)
-    for count, problem in ((num_long, "have over 100 characters"), (num_padded, "begin with 0")):
+    for count, trait in ((num_long, "have over 100 characters"), (num_padded, "begin with 0")):
         if count:
             say(
-                f"{source}: {count} of {len(answers)} answers {problem}, which the dapo verifier "
+                f"{source}: {count} of {len(answers)} answers {trait}, which the dapo verifier "
                 "compares as text: use --verifier math."
             )
 
@@ -636,7 +641,7 @@ class Rollout:
     logp: Tensor | None = None  # [T] log π_θ at the update on this response, only for the logs
 
     @property
-    def total_tokens(self) -> int:
+    def total_tokens(self):
         """The length of prompt and response together."""
         return len(self.problem.prompt_ids) + len(self.response_ids)
 
@@ -671,19 +676,19 @@ class Sampler:
     """The interface of a sampler. The method `generate` is described at HFSampler.generate."""
 
     policy: Policy
-    ranks = 1  # how many ranks share an engine, that is, generate the same responses
+    ranks = 1  # ranks per engine, which generate the same responses together
 
-    def sleep(self) -> None:
+    def sleep(self):
         """Free memory for training, because the rollouts are done."""
 
-    def sync(self) -> None:
+    def sync(self):
         """Wake up, and take over the policy's weights."""
 
 
 class HFSampler(Sampler):
     """Samples from the trainer's own model with Hugging Face."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy):
         require(
             not policy.sharded,
             "--sampler hf cannot read a model sharded by ZeRO-3: use --sampler vllm.",
@@ -701,7 +706,7 @@ class HFSampler(Sampler):
             self.check()
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self):
         """Compare a few tokens, sampled with padding and a cache, with a plain forward pass."""
         problems = [Problem("", "", [0]), Problem("", "", [0, 1, 2, 3])]
         # n = 2 responses of max_tokens = 4, with temperature and top_p = 1.
@@ -716,11 +721,12 @@ class HFSampler(Sampler):
             errors.append((logp[-len(sampled) :].cpu() - sampled).abs().mean().item())
         require(
             fmean(errors) <= self.policy.tolerance,
-            f"{type(self.model).__name__} gives other log-probs with padding and a cache than "
-            f"without (by {fmean(errors):.2g} a token), so --sampler hf cannot sample from it.",
+            f"{type(self.model).__name__} gives different log-probs with padding and a cache "
+            f"than without (by {fmean(errors):.2g} per token), so "
+            "--sampler hf cannot sample from it.",
         )
 
-    def sync(self) -> None:
+    def sync(self):
         if self.model is not self.policy.model:
             self.model.load_state_dict(self.policy.model.state_dict())
 
@@ -728,11 +734,11 @@ class HFSampler(Sampler):
     def generate(
         self,
         problems: list[Problem],
-        seeds: list[int],
-        n: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
+        seeds,
+        n,
+        max_tokens,
+        temperature,
+        top_p,
     ) -> Groups:
         """Sample n responses of at most max_tokens tokens to each of P problems: P groups of n."""
         model = self.model.eval()
@@ -796,11 +802,11 @@ class HFSampler(Sampler):
 def sample(
     sampler: Sampler,
     problems: list[Problem],
-    purpose: tuple,
+    purpose,
     cfg: SharedConfig,
-    n: int,
-    temperature: float,
-    top_p: float,
+    n,
+    temperature,
+    top_p,
 ) -> Iterator[list[Rollout]]:
     """Yield a group of n graded responses to each problem, in order, on every rank.
 
@@ -830,7 +836,7 @@ def sample(
             bar.update(len(chunk))
 
 
-def grade(rollouts: list[Rollout], policy: Policy, verifier: str) -> None:
+def grade(rollouts: list[Rollout], policy: Policy, verifier):
     """Fill `text` and `correct`. The token that ends a response is not part of its text."""
     for r in rollouts:
         ids = list(r.response_ids)
@@ -866,7 +872,7 @@ UNWRAPPED = [
 ANSWER = r"(?i)Answer\s*:"
 
 
-def normalize_answer(answer: str) -> str:
+def normalize_answer(answer):
     """Bring an answer into the form in which the dapo verifier compares it."""
     answer = answer.split("=")[-1]
     for old, new in REPLACED.items():
@@ -880,7 +886,7 @@ def normalize_answer(answer: str) -> str:
     return (without_commas if without_commas.isdigit() else answer).strip()
 
 
-def extract_answer(response: str) -> str | None:
+def extract_answer(response):
     """Return the normalized text after the last "Answer:" of the last 300 characters, or None."""
     answers = re.findall(ANSWER + r"\s*([^\n]+)", response[-300:])
     return normalize_answer(answers[-1]) if answers else None
@@ -925,7 +931,7 @@ CHANGES_VALUE = (
 )
 
 
-def in_box(answer: str) -> str:
+def in_box(answer):
     r"""Write an answer in the form that math-verify parses best.
 
     "12 apples"            -> \boxed{12}                the mathematics before the first word
@@ -953,11 +959,11 @@ def in_box(answer: str) -> str:
     return rf"\boxed{{{before_words}}}" if before_words else ""  # "" equals no result
 
 
-def has_mathematics(text: str) -> bool:
+def has_mathematics(text):
     return bool(re.search(r"[\d\\]", text))
 
 
-def stated_result(response: str) -> str:
+def stated_result(response):
     """Return the last "Answer:" line in a box, or the whole response if it has no such line.
 
     Where the line only announces the result, everything after "Answer:" is returned.
@@ -974,13 +980,13 @@ def stated_result(response: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def parse_math(text: str) -> list[Any]:
+def parse_math(text):
     import math_verify
 
     return math_verify.parse(text)
 
 
-def equal_math(gold: str, answer: str) -> bool:
+def equal_math(gold, answer):
     """Whether two texts state the same result. 12.5% is also accepted for 12.5."""
     import math_verify
 
@@ -993,7 +999,7 @@ def equal_math(gold: str, answer: str) -> bool:
     return math_verify.verify(parse_math(gold_number), parse_math(answer_number))
 
 
-def extract_math(response: str) -> str | None:
+def extract_math(response):
     """Return the result that math-verify reads in a response, as text, or None."""
     parsed = parse_math(stated_result(response))
     return str(parsed[-1]) if parsed else None
@@ -1023,7 +1029,7 @@ def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
     return min(-tokens_in_buffer / buffer, 0.0)
 
 
-def assign_rewards(groups: Groups, cfg: Config) -> None:
+def assign_rewards(groups: Groups, cfg: Config):
     """Fill `reward`: R = +1 if correct, −1 if not, plus the overlong penalty."""
     for r in flatten(groups):
         penalty = overlong_penalty(len(r.response_ids), cfg.max_response, cfg.overlong_buffer)
@@ -1043,14 +1049,14 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 responses to compare")
-    # Only differences matter. Subtracting the first reward makes equal rewards exact zeros.
-    centered = rewards.float() - rewards[:, :1].float()
-    mean = centered.mean(1, keepdim=True)
-    std = centered.std(1, keepdim=True)
-    return (centered - mean) / (std + 1e-6)
+    # Only differences matter. Subtracting the first reward makes equal rewards exactly zero.
+    shifted = rewards.float() - rewards[:, :1].float()
+    mean = shifted.mean(1, keepdim=True)
+    std = shifted.std(1, keepdim=True)
+    return (shifted - mean) / (std + 1e-6)
 
 
-def assign_advantages(groups: Groups) -> None:
+def assign_advantages(groups: Groups):
     """Fill `advantage`: one value per response, shared by all of its tokens."""
     rewards = torch.tensor([[r.reward for r in group] for group in groups])
     advantages = group_advantages(rewards).flatten().tolist()
@@ -1066,7 +1072,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int = 1024,
     with_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Compute log π(o_t | o_<t) of the response tokens and the entropy of π at these positions.
 
     Args:
@@ -1076,10 +1082,10 @@ def token_logprobs(
             backward pass. [B, L, V] is never in memory.
 
     Returns: logp (differentiable) and entropy, [B, L], float32, in nats, at the positions of the
-    tokens and 0 outside the mask. Without with_entropy, the entropy is None.
+    tokens and 0 outside the mask. Without with_entropy, the entropy is 0 everywhere.
 
-    The head runs in float32 even under autocast. bfloat16 rounds large logits to multiples of 1/16
-    or 1/8, which is more than a policy moves in one update.
+    The head runs in float32 even under autocast (in TF32 if Policy allows it). bfloat16 rounds
+    large logits to multiples of 1/16 or 1/8, which is more than a policy moves in one update.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, D]
     # Position t predicts token t + 1. There are N response tokens.
@@ -1092,31 +1098,27 @@ def token_logprobs(
     weight = head.weight.float()
     bias = None if head.bias is None else head.bias.float()
 
-    def score(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score(h, target):
         with torch.autocast(h.device.type, enabled=False):
             logits = torch.nn.functional.linear(h.float(), weight, bias)
         log_pi = (logits / temperature).log_softmax(-1)  # [chunk, V]
         logp = log_pi.gather(1, target[:, None])[:, 0]
-        if not with_entropy:
-            return logp, None
-        log_pi = log_pi.detach()
-        return logp, -(log_pi.exp() * log_pi).sum(-1)
+        entropy = torch.zeros_like(logp)
+        if with_entropy:
+            log_pi = log_pi.detach()
+            entropy = -(log_pi.exp() * log_pi).sum(-1)
+        return logp, entropy
 
-    logps = []
-    entropies = []
+    # Without response tokens (N = 0), split returns one empty chunk.
+    chunks = []
     for h, target in zip(hidden.split(chunk), targets.split(chunk)):
-        logp, entropy = checkpoint(score, h, target, use_reentrant=False)
-        logps.append(logp)
-        entropies.append(entropy)
-
+        chunks.append(checkpoint(score, h, target, use_reentrant=False))
     zeros = torch.zeros(input_ids.shape, device=input_ids.device)
-    logp = zeros.index_put((row, t + 1), torch.cat(logps))
-    if not with_entropy:
-        return logp, None
-    return logp, zeros.index_put((row, t + 1), torch.cat(entropies))
+    logp, entropy = (zeros.index_put((row, t + 1), torch.cat(parts)) for parts in zip(*chunks))
+    return logp, entropy
 
 
-def plain_logprobs(model: Any, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def plain_logprobs(model, ids, temperature=1.0):
     """Log-probs of the tokens of one row from the model's own logits, to check other ways against.
 
     Args: ids [1, L]. Returns: log-probs [L − 1] and logits [L − 1, V].
@@ -1165,7 +1167,7 @@ def influence_weight(
     """FIPO's idea: weight a token by how far the policy has already moved from there on.
 
     Args: delta_logp, advantages and mask, [B, T]. Returns: F and f = clip(exp F, weight_range),
-    [B, T]. f is a constant to the gradient.
+    [B, T]. f is treated as a constant by the gradient.
 
     Tokens whose ratio exceeds dual_clip (M_t = 0) do not count in F. Where A < 0 and a token's own
     ratio exceeds `safety`, f is clamped to [0.8, 1], as in the authors' release. With `safety` at
@@ -1259,15 +1261,15 @@ def fipo_loss(
 
 @torch.no_grad()
 def loss_metrics(
-    delta: torch.Tensor,
-    F: torch.Tensor,
-    f: torch.Tensor,
-    mask: torch.Tensor,
-    is_clipped: torch.Tensor,
-    is_dual_clipped: torch.Tensor,
-    is_dropped: torch.Tensor,
-    weight_range: tuple[float, float],
-) -> dict[str, float]:
+    delta,
+    F,
+    f,
+    mask,
+    is_clipped,
+    is_dual_clipped,
+    is_dropped,
+    weight_range,
+):
     """Shares, means, extremes and counts over the unmasked tokens, as metrics.jsonl names them."""
     n = mask.sum().clamp(min=1)
     weights = f[mask] if mask.any() else torch.ones(1, device=f.device)
@@ -1293,7 +1295,7 @@ def loss_metrics(
 
 
 # --------------------------------------------------------------------------------------- 9. Update
-def split_mini_batches(groups: Groups, cfg: Config, step: int) -> list[list[Rollout]]:
+def split_mini_batches(groups: Groups, cfg: Config, step) -> list[list[Rollout]]:
     """Shuffle the groups and split them into mini-batches of prompts_per_mini_batch groups."""
     rng = random.Random(derive_seed(cfg.seed, "mini-batch", step))
     shuffled = rng.sample(groups, len(groups))
@@ -1301,7 +1303,7 @@ def split_mini_batches(groups: Groups, cfg: Config, step: int) -> list[list[Roll
     return [flatten(shuffled[i : i + size]) for i in range(0, len(shuffled), size)]
 
 
-def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
+def micro_batches(mini_batch: list[Rollout], max_tokens) -> list[list[Rollout]]:
     """Return this rank's share of a mini-batch, in parts of at most max_tokens tokens with padding.
 
     The responses are dealt out by length, which keeps padding low and the ranks equally busy.
@@ -1310,7 +1312,7 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
     DeepSpeed's collectives.
     """
     parts_of_rank: list[list[list[Rollout]]] = [[] for _ in range(world())]
-    # The longest responses come first, so that a lack of memory shows at once.
+    # The longest responses come first, so that running out of memory shows at once.
     for i, r in enumerate(sorted(mini_batch, key=lambda r: -r.total_tokens)):
         parts = parts_of_rank[i % world()]
         if not parts or (len(parts[-1]) + 1) * parts[-1][0].total_tokens > max_tokens:
@@ -1321,11 +1323,11 @@ def micro_batches(mini_batch: list[Rollout], max_tokens: int) -> list[list[Rollo
     return own_parts + [[]] * (num_parts - len(own_parts))
 
 
-def collate(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
+def collate(rollouts: list[Rollout], device):
     """Return input_ids, response_mask, old_logp [B, L] and advantages [B], padded on the right.
 
-    The mask follows from lengths and not from comparing ids with pad: EOS is trained even where it
-    is the pad token, too. An empty list gives a dummy row, which keeps the ranks in step in
+    The mask follows from lengths and not from comparing ids with pad: EOS is trained even if it is
+    also the pad token. An empty list gives a dummy row, which keeps the ranks in step in
     collectives and contributes no gradient.
     """
     rollouts = rollouts or [Rollout(Problem("", "", [0, 0]))]  # no response, so the mask is empty
@@ -1355,7 +1357,7 @@ class Policy:
 
     sharded = False  # whether a rank holds only a shard of each weight (ZeRO-3)
 
-    def __init__(self, path: str, cfg: SharedConfig, only_shape: bool = False) -> None:
+    def __init__(self, path, cfg: SharedConfig, only_shape=False):
         self.path = path
         self.cfg = cfg
         self.is_training = isinstance(cfg, Config)
@@ -1380,13 +1382,14 @@ class Policy:
         # TF32 rounds the inputs of the float32 head but not its logits, and is four times as fast.
         torch.backends.cuda.matmul.allow_tf32 = self.bf16
 
-    def load(self, device: torch.device | None) -> None:
+    def load(self, device):
         """Load the tokenizer and the model, and create the optimizer.
 
         Without a device, DeepSpeed places the weights.
         """
-        disable_progress_bar()  # transformers' bars would break ours,
-        enable_progress_bars()  # but downloads may take long
+        # Silence the bars of transformers, which break ours, but keep those of downloads.
+        disable_progress_bar()
+        enable_progress_bars()
         with user_error(f"loading the model {self.path!r} (a folder or a hub name)"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
             config = AutoConfig.from_pretrained(self.path)
@@ -1414,14 +1417,14 @@ class Policy:
             )
 
     @torch.no_grad()
-    def check_logprobs(self) -> None:
+    def check_logprobs(self):
         """Refuse a model whose logits are more than its head applied to its hidden states.
 
-        token_logprobs applies the head itself and would miss a soft cap or a scale behind it.
+        token_logprobs applies the head itself and would miss a soft cap or a scale after it.
         """
         self.model.eval()
         ids = torch.arange(min(32, self.context), device=self.device)[None] % self.config.vocab_size
-        logp, _ = self.logprobs(ids, torch.ones_like(ids))
+        logp, _ = self.logprobs(ids, torch.ones_like(ids), with_entropy=False)
         expected, logits = plain_logprobs(self.model, ids, self.cfg.temperature)
         is_finite = logits.isfinite().all()
         require(is_finite, f"the model {self.path!r} gives NaN or infinite logits.")
@@ -1433,21 +1436,17 @@ class Policy:
             f"applied to its hidden states. A soft cap or a scale changes them by {error:.2g}.",
         )
 
-    def logprobs(
-        self, input_ids: Tensor, response_mask: Tensor, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """token_logprobs of this model at the temperature of the rollouts."""
+    def logprobs(self, *batch, **options):
+        """token_logprobs(model, input_ids, response_mask) at the temperature of the rollouts."""
         temperature = self.cfg.temperature
         with self.autocast():
-            return token_logprobs(
-                self.model, input_ids, response_mask, temperature, with_entropy=with_entropy
-            )
+            return token_logprobs(self.model, *batch, temperature=temperature, **options)
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
+    def backward(self, loss, is_last):
         """Add to the gradients. `is_last` marks the last micro-batch of a mini-batch."""
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr):
         """Update the weights if the gradient norm is finite. Returns the norm before clipping."""
         max_norm = self.cfg.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
@@ -1457,36 +1456,36 @@ class Policy:
         self.optimizer.zero_grad()
         return norm
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self):
         """Yield all weights by name, and a tied head too, because vLLM may keep a copy of it."""
         for name, weight in self.model.named_parameters(remove_duplicate=False):
             yield name, weight.data
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder):
         """Write a Hugging Face model folder, with optimizer.pt beside the weights."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
-    def load_optimizer(self, folder: Path) -> None:
+    def load_optimizer(self, folder):
         state = torch.load(folder / "optimizer.pt", self.device, weights_only=True)
         self.optimizer.load_state_dict(state)
 
 
-def use_bfloat16(dtype: str, device: torch.device) -> bool:
+def use_bfloat16(dtype, device):
     has_bf16 = device != CPU and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and device != CPU:
         require(has_bf16, "this GPU has no bfloat16: set --dtype float32.")
     return dtype == "bfloat16" or (dtype == "auto" and has_bf16)
 
 
-def context_length(config: PreTrainedConfig) -> float:
+def context_length(config):
     """The largest number of tokens a model can read. Without a limit in its config: infinity."""
     limits = [getattr(config, name, 0) for name in ("max_position_embeddings", "max_seq_len")]
     return max(limit or 0 for limit in limits) or math.inf
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model, tokenizer):
     """The tokens that end a response: EOS of the tokenizer and the model, and the end of a turn."""
     eos = model.generation_config.eos_token_id
     model_eos = eos if isinstance(eos, list) else [eos]
@@ -1495,7 +1494,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
-def disable_dropout(config: PreTrainedConfig) -> None:
+def disable_dropout(config):
     """Turn off dropout and router noise, with which the first ratio would not be 1.
 
     Routers return no logits either, because their balancing loss is not part of FIPO.
@@ -1516,8 +1515,8 @@ def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> Metrics
 
     Returns entropy, and sampler_mismatch: the mean |difference| from the sampler's log-probs. The
     sampler's log-probs cannot serve as log π_old: another engine rounds differently, and F sums the
-    errors. 0.004 per token, of one sign, is 0.19 in F (Σγ^j = 47 for τ = 32), which puts f at its
-    bound of 1.2 before anything is learned.
+    errors. 0.004 per token, always of the same sign, is 0.19 in F (Σγ^j = 47 for τ = 32), which
+    puts f at its bound of 1.2 before anything is learned.
     """
     policy.model.eval()
     total_entropy = 0.0
@@ -1525,7 +1524,7 @@ def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> Metrics
     parts = [micro_batches(mini, policy.cfg.tokens_per_micro_batch) for mini in mini_batches]
     for part in progress(flatten(parts), desc="score"):
         input_ids, mask, _, _ = collate(part, policy.device)
-        logp, entropy = policy.logprobs(input_ids, mask, with_entropy=True)
+        logp, entropy = policy.logprobs(input_ids, mask)
         total_entropy += entropy.sum().item()
         for r, row, is_response in zip(part, logp, mask):
             r.old_logp = row[is_response].cpu()
@@ -1536,7 +1535,7 @@ def score_old_logp(policy: Policy, mini_batches: list[list[Rollout]]) -> Metrics
     require(
         mismatch <= policy.tolerance,
         "the sampler holds other weights than the trainer: "
-        f"log-probs differ by {mismatch:.2g} a token.",
+        f"log-probs differ by {mismatch:.2g} per token.",
     )
     return {"entropy": entropy, "sampler_mismatch": mismatch}
 
@@ -1552,7 +1551,7 @@ def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> Met
     for i, part in enumerate(parts, 1):
         # 1) Log-probs, loss and gradient of one micro-batch.
         input_ids, mask, old_logp, advantages = collate(part, policy.device)
-        logp, _ = policy.logprobs(input_ids, mask)
+        logp, _ = policy.logprobs(input_ids, mask, with_entropy=False)
         loss, metrics = fipo_loss(
             logp,
             old_logp,
@@ -1576,7 +1575,7 @@ def add_gradients(policy: Policy, mini_batch: list[Rollout], cfg: Config) -> Met
         if part:
             share = mask.sum().item() / num_tokens
             drift = (logp.detach() - old_logp).abs().sum().item() / mask.sum().item()
-            # The losses of the parts add up: undo the weighting of average_metrics.
+            # The losses of the parts add up, but average_metrics multiplies by the share.
             metrics |= {"loss": loss.item() / share, "drift": drift}
             measured.append((share, metrics))
     return average_metrics(flatten(all_gather(measured)))
@@ -1598,7 +1597,7 @@ def average_metrics(measured: list[tuple[float, Metrics]]) -> Metrics:
     return averaged
 
 
-def check_first_update(metrics: Metrics, tolerance: float) -> None:
+def check_first_update(metrics: Metrics, tolerance):
     """Before any update Δ = 0. Raises FipoError if the ratio is not 1, and warns if f is not."""
     drift = metrics["drift"]
     f = metrics["influence_mean"]
@@ -1631,10 +1630,10 @@ stop = threading.Event()  # set by the first SIGINT or SIGTERM
 
 
 @contextlib.contextmanager
-def signals_set_stop() -> Iterator[None]:
+def signals_set_stop():
     """Let SIGINT and SIGTERM set `stop`. A second one of the same kind ends the process."""
 
-    def handle(number: int, _: Any) -> None:
+    def handle(number, _):
         stop.set()
         signal.signal(number, signal.SIG_DFL)
 
@@ -1647,13 +1646,13 @@ def signals_set_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop_if_signalled() -> None:
+def stop_if_signalled():
     """Raise Interrupted on all ranks if one of them has received a signal."""
     if any(all_gather(stop.is_set())):
         raise Interrupted
 
 
-def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> list[Problem]:
+def draw_problems(problems: list[Problem], cursor, n, seed) -> list[Problem]:
     """Return n problems from position `cursor` of the stream that reshuffles them every epoch."""
     size = len(problems)
     stream: list[Problem] = []
@@ -1665,7 +1664,7 @@ def draw_problems(problems: list[Problem], cursor: int, n: int, seed: int) -> li
 
 
 def collect_rollouts(
-    sampler: Sampler, problems: list[Problem], cfg: Config, step: int, cursor: int
+    sampler: Sampler, problems: list[Problem], cfg: Config, step, cursor
 ) -> tuple[Groups, Metrics, int]:
     """Sample rounds of prompts until there is a batch of groups to learn from.
 
@@ -1683,7 +1682,9 @@ def collect_rollouts(
         purpose = (cfg.seed, "rollout", step, gen_round)
         for group in sample(sampler, drawn, purpose, cfg, cfg.group_size, cfg.temperature, 1.0):
             accuracy = fmean(r.correct for r in group)
-            accuracies.append(accuracy)  # one per problem used; unused ones stay in the stream
+            # One per group examined, kept or not. The groups after the one that completes the batch
+            # are not examined: their problems are drawn again in the next step.
+            accuracies.append(accuracy)
             lengths += [len(r.response_ids) for r in group]
             if not cfg.dynamic_sampling or 0 < accuracy < 1:
                 groups.append(group)
@@ -1699,17 +1700,17 @@ def collect_rollouts(
                         "tokens": sum(lengths),
                     }
                     return groups, statistics, cursor + len(accuracies)
-                say(f"step {step}: skipped a batch, because all rewards of every group are equal.")
+                say(f"step {step}: skipped a batch, because rewards are equal within every group.")
                 groups = []
     accuracy = fmean(accuracies)
     raise NoSignal(
         f"step {step}: {len(accuracies)} groups in {cfg.max_gen_rounds} rounds did not give a "
-        f"batch of {cfg.prompts_per_batch} with a signal. Their accuracy is {accuracy:.1%}: give "
-        f"{'harder' if accuracy > 0.5 else 'easier'} problems or a larger group."
+        f"batch of {cfg.prompts_per_batch} with a signal. Their accuracy is {accuracy:.1%}: use "
+        f"{'harder' if accuracy > 0.5 else 'easier'} problems, a larger group or smaller batches."
     )
 
 
-def train_step(run: Run, sampler: Sampler, problems: list[Problem]) -> None:
+def train_step(run: Run, sampler: Sampler, problems: list[Problem]):
     """One rollout batch and the updates on it. Advances `run` by one step."""
     cfg = run.cfg
     policy = run.policy
@@ -1752,7 +1753,7 @@ def train_step(run: Run, sampler: Sampler, problems: list[Problem]) -> None:
     run.advance(cursor, metrics, sorted(mini_batches[-1], key=lambda r: -abs(r.advantage)))
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config):
     """Train a model with FIPO, DAPO or GRPO. After a signal: save, and exit with status 0."""
     require(in_main_thread(), "train handles signals, so it must be called from the main thread.")
     cfg = resolve(cfg)
@@ -1762,25 +1763,9 @@ def train(cfg: Config) -> None:
         eval_problems = encode_problems(cfg.eval_data, run.policy, cfg) if cfg.eval_data else []
         sampler = VLLMSampler(run.policy) if cfg.sampler == "vllm" else HFSampler(run.policy)
         run.open_logs()
-        with signals_set_stop(), progress(total=cfg.steps, initial=run.step, desc="steps") as bar:
+        with signals_set_stop():
             try:
-                while True:
-                    # 1) Finish step `run.step` (0: the untrained model). A resumed run does this
-                    # first, because a checkpoint is saved before its step is evaluated.
-                    is_last = run.step == cfg.steps
-                    if eval_problems and (run.step % cfg.eval_every == 0 or is_last):
-                        scores, groups = evaluate(sampler, eval_problems, cfg, run.step)
-                        run.metrics |= scores
-                        run.log_samples("eval", [group[0] for group in groups])
-                    run.log()
-                    if is_last:
-                        break
-                    # 2) Train the next step.
-                    train_step(run, sampler, problems)
-                    bar.update()
-                    if run.step % cfg.save_every == 0 or run.step == cfg.steps:
-                        run.save()
-                    stop_if_signalled()
+                training_loop(run, sampler, problems, eval_problems)
             except (Interrupted, NoSignal) as end:
                 # All ranks raise it together, and the weights are those of run.step.
                 if run.step > 0:
@@ -1794,12 +1779,37 @@ def train(cfg: Config) -> None:
         sampler.sleep()  # what follows in this process may need the GPU
 
 
-def in_main_thread() -> bool:
+def training_loop(
+    run: Run, sampler: Sampler, problems: list[Problem], eval_problems: list[Problem]
+):
+    """Train until --steps. Raises Interrupted or NoSignal, for `train` to save what is learned."""
+    cfg = run.cfg
+    with progress(total=cfg.steps, initial=run.step, desc="steps") as bar:
+        while True:
+            # 1) Finish step `run.step` (0: the untrained model). A resumed run does this first,
+            # because a checkpoint is saved before its step is evaluated.
+            is_last = run.step == cfg.steps
+            if eval_problems and (run.step % cfg.eval_every == 0 or is_last):
+                scores, groups = evaluate(sampler, eval_problems, cfg, run.step)
+                run.metrics |= scores
+                run.log_samples("eval", [group[0] for group in groups])
+            run.log()
+            if is_last:
+                break
+            # 2) Train the next step.
+            train_step(run, sampler, problems)
+            bar.update()
+            if run.step % cfg.save_every == 0 or run.step == cfg.steps:
+                run.save()
+            stop_if_signalled()
+
+
+def in_main_thread():
     return threading.current_thread() is threading.main_thread()
 
 
 def evaluate(
-    sampler: Sampler, problems: list[Problem], cfg: EvalConfig, step: int = 0
+    sampler: Sampler, problems: list[Problem], cfg: EvalConfig, step=0
 ) -> tuple[Metrics, Groups]:
     """Measure avg@n, cons@n, pass@k and mean length over n = eval_samples responses per problem.
 
@@ -1813,7 +1823,7 @@ def evaluate(
     if all(EXTRACT[cfg.verifier](r.text) is None for r in responses):
         num_cut = sum(len(r.response_ids) == cfg.max_response for r in responses)
         say(
-            f"no response of this evaluation names an answer: {NO_ANSWER[cfg.verifier]}, and "
+            f"no response of this evaluation gives an answer: {NO_ANSWER[cfg.verifier]}, and "
             f"{num_cut} of {len(responses)} are cut at --max_response."
         )
     pass_at_k = []
@@ -1830,7 +1840,7 @@ def evaluate(
     return scores, groups
 
 
-def majority_correct(group: list[Rollout], verifier: str) -> bool:
+def majority_correct(group: list[Rollout], verifier):
     """Whether the most frequent answer is right. Ties go to the answer that was given first.
 
     Responses without an answer do not vote. The verifier `math` counts equal mathematics together.
@@ -1855,12 +1865,12 @@ class Run:
     """A training run in its folder --out: the policy, its position, checkpoints and logs.
 
     The position is `step`, the number of rollout batches trained on, and `cursor`, the number of
-    problems drawn from the stream. `metrics` belong to `step` and are logged after its evaluation.
-    `log_sizes` are the bytes of the logs when `step` ended: with its training samples, but without
-    its evaluation and metrics. A resumed run cuts the logs to these sizes and continues from there.
+    problems drawn from the stream. `metrics` belong to `step`. A step trains, logs its training
+    samples, notes the sizes of the logs in `log_sizes`, saves, evaluates, and logs the evaluation
+    and its metrics. A resumed run cuts the logs to `log_sizes` and continues with the evaluation.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config):
         """Start from the newest checkpoint with --resume, or else from --model."""
         self.cfg = cfg
         self.out = Path(cfg.out)
@@ -1897,7 +1907,7 @@ class Run:
                 self.policy.load_optimizer(source)
             say(f"resuming after step {self.step} from {source}")
 
-    def advance(self, cursor: int, metrics: dict[str, Any], rollouts: list[Rollout]) -> None:
+    def advance(self, cursor, metrics, rollouts: list[Rollout]):
         """Move to the position after a training step, and log some of its rollouts."""
         self.step += 1
         self.cursor = cursor
@@ -1907,10 +1917,10 @@ class Run:
             path = self.out / name
             self.log_sizes[name] = path.stat().st_size if path.exists() else 0
 
-    def check_settings(self, checkpoint: Path) -> None:
+    def check_settings(self, checkpoint):
         """Refuse to resume with settings that differ from config.json, except MAY_CHANGE."""
 
-        def comparable(settings: dict[str, Any], name: str) -> str:
+        def comparable(settings, name):
             # Compare files in --out relative to it, and other files by their absolute paths.
             text = str(settings[name]).replace(settings["out"].rstrip("/") + "/", "--out/")
             return os.path.abspath(text) if os.path.exists(text) else text
@@ -1932,7 +1942,7 @@ class Run:
             f"values, or start a new run with --model {checkpoint} and another --out.",
         )
 
-    def open_logs(self) -> None:
+    def open_logs(self):
         """Write config.json, and cut the logs back to `log_sizes`.
 
         Called when data and sampler are ready, so that a start that fails changes nothing.
@@ -1963,7 +1973,7 @@ class Run:
                 )
                 id_file.write_text(self.wandb.id)
 
-    def log(self) -> None:
+    def log(self):
         """Print one line about `step`, and append its metrics to metrics.jsonl and W&B."""
         formats = {
             "step": "step {:4d}",
@@ -1983,13 +1993,13 @@ class Run:
         if self.cfg.wandb and rank() == 0:
             self.wandb.log(self.metrics, step=self.step)
 
-    def log_samples(self, kind: str, rollouts: list[Rollout]) -> None:
+    def log_samples(self, kind, rollouts: list[Rollout]):
         """Append the first --log_samples responses to samples.jsonl."""
         chosen = rollouts[: self.cfg.log_samples]
         rows = [{"step": self.step, "kind": kind} | sample_row(r) for r in chosen]
         append_jsonl(self.out / "samples.jsonl", rows)
 
-    def save(self) -> None:
+    def save(self):
         """Write a checkpoint of `step` and keep the newest two.
 
         Checkpoints are written to a temporary folder and renamed: a crash leaves no partial one.
@@ -2023,24 +2033,24 @@ class Run:
 CHECKPOINT = "step_" + 6 * "[0-9]"  # does not match a copy that somebody has named step_best
 
 
-def newest_checkpoint(out: Path) -> Path | None:
+def newest_checkpoint(out):
     states = (out / "checkpoints").glob(f"{CHECKPOINT}/state.json")
     return max((state.parent for state in states), default=None)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path, text):
     """Write a file so that a crash leaves either the old or the new content."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
 
 
-def as_json(cfg: SharedConfig) -> dict[str, Any]:
+def as_json(cfg: SharedConfig):
     """The settings as JSON can hold them: infinity becomes the string "Infinity"."""
     return json.loads(json.dumps(asdict(cfg)), parse_constant=str)
 
 
-def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def append_jsonl(path, rows):
     """Append rows to a file on rank 0. NaN and infinity, which JSON lacks, become null."""
     if rank() > 0:
         return
@@ -2050,7 +2060,7 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
             file.write(json.dumps(finite) + "\n")
 
 
-def sample_row(r: Rollout) -> dict[str, Any]:
+def sample_row(r: Rollout):
     """A response to read, and what the loss saw of it if this rank has trained on it."""
     row = {
         "prompt": r.problem.prompt,
@@ -2072,7 +2082,7 @@ def sample_row(r: Rollout) -> dict[str, Any]:
 
 # ------------------------------------------------------------- 12. Scale-up: ranks, vLLM, DeepSpeed
 @contextlib.contextmanager
-def joined_ranks(deepspeed: str) -> Iterator[None]:
+def joined_ranks(deepspeed):
     """Join the ranks that a launcher such as torchrun has started. Without --deepspeed, do nothing.
 
     If a rank fails, its launcher ends the others.
@@ -2091,8 +2101,8 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "nccl"
             timeout = timedelta(hours=1)
-        # DeepSpeed adopts this group. It would create one with a device_id. Later groups would then
-        # be split off by ncclCommSplit, which hangs unless every rank calls it.
+        # DeepSpeed adopts this group. Left alone, it would create one with a device_id, from which
+        # later groups are split by ncclCommSplit, which hangs unless every rank calls it.
         distributed.init_process_group(backend, timeout=timeout)
         ds.init_distributed(verbose=False)
     GLOO["hosts"] = distributed.new_group(backend="gloo", timeout=host_timeout)
@@ -2104,7 +2114,7 @@ def joined_ranks(deepspeed: str) -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def check_launcher(deepspeed: str) -> None:
+def check_launcher(deepspeed):
     has_launcher = "RANK" in os.environ
     require(
         has_launcher == bool(deepspeed),
@@ -2119,7 +2129,7 @@ class VLLMSampler(Sampler):
     Every `tensor_parallel` ranks share an engine, which holds weights of its own.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy):
         cfg = policy.cfg
         self.policy = policy
         self.on_gpu = policy.device.type == "cuda"
@@ -2129,16 +2139,13 @@ class VLLMSampler(Sampler):
             world() % self.ranks == 0,
             f"--tensor_parallel {self.ranks} does not divide the {world()} ranks.",
         )
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # keep the engine in this process
+        # The engine stays in this process.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # `sample` asks for no more responses at a time.
         most_rows = max(cfg.rollout_rows, cfg.eval_samples, getattr(cfg, "group_size", 0))
-        with user_error(
-            "starting vLLM (pip install vllm; if memory is short, change --vllm_memory)"
-        ):
+        with user_error("starting vLLM (pip install vllm; if memory is low, change --vllm_memory)"):
             import vllm
 
             self.llm = vllm.LLM(
@@ -2155,16 +2162,16 @@ class VLLMSampler(Sampler):
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             )
 
-    def __del__(self) -> None:
+    def __del__(self):
         # vLLM cannot free the memory of a sleeping engine, and then no other engine can start.
         if self.on_gpu and hasattr(self, "llm"):
             self.llm.wake_up()
 
-    def sleep(self) -> None:
+    def sleep(self):
         if self.on_gpu:
             self.llm.sleep(level=2)  # drops weights and cache; sync sends the weights again
 
-    def sync(self) -> None:
+    def sync(self):
         if self.on_gpu:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -2181,11 +2188,11 @@ class VLLMSampler(Sampler):
     def generate(
         self,
         problems: list[Problem],
-        seeds: list[int],
-        n: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
+        seeds,
+        n,
+        max_tokens,
+        temperature,
+        top_p,
     ) -> Groups:
         from vllm import SamplingParams
 
@@ -2201,7 +2208,7 @@ class VLLMSampler(Sampler):
             "detokenize": False,
         }
         params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-        # Not a disabled bar on the other ranks: vLLM would divide by its elapsed time, 0.
+        # The other ranks pass False. With a disabled bar, vLLM would divide by its elapsed time, 0.
         outputs = self.llm.generate(prompts, params, use_tqdm=progress if rank() == 0 else False)
         groups = []
         for problem, output in zip(problems, outputs):
@@ -2213,7 +2220,7 @@ class VLLMSampler(Sampler):
         return groups
 
 
-def read_deepspeed(path: str) -> dict[str, Any]:
+def read_deepspeed(path):
     """Read DeepSpeed's JSON file. Raises FipoError for values that a run cannot work with."""
     from deepspeed import DeepSpeedConfig
 
@@ -2239,21 +2246,19 @@ def read_deepspeed(path: str) -> dict[str, Any]:
 class LogProbs(torch.nn.Module):
     """token_logprobs as a module, for DeepSpeed's engine to call."""
 
-    def __init__(self, model: Any, temperature: float) -> None:
+    def __init__(self, model, temperature):
         super().__init__()
         self.model = model
         self.temperature = temperature
 
-    def forward(self, input_ids: Tensor, response_mask: Tensor, with_entropy: bool) -> Any:
-        return token_logprobs(
-            self.model, input_ids, response_mask, self.temperature, with_entropy=with_entropy
-        )
+    def forward(self, *batch, **options):
+        return token_logprobs(self.model, *batch, temperature=self.temperature, **options)
 
 
 class DeepSpeedPolicy(Policy):
     """A policy whose weights, gradients and optimizer DeepSpeed shards over the ranks."""
 
-    def load(self, device: torch.device | None) -> None:
+    def load(self, device):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -2283,27 +2288,25 @@ class DeepSpeedPolicy(Policy):
         for weight in self.model.get_output_embeddings().parameters():
             deepspeed.zero.register_external_parameter(scorer, weight)
 
-    def logprobs(
-        self, input_ids: Tensor, response_mask: Tensor, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        return self.engine(input_ids, response_mask, with_entropy)
+    def logprobs(self, *batch, **options):
+        return self.engine(*batch, **options)
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
+    def backward(self, loss, is_last):
         self.engine.set_gradient_accumulation_boundary(is_last)
         # DeepSpeed averages over the ranks, but the loss of the ranks is to be added up.
         self.engine.backward(loss * world())
 
-    def step(self, lr: float) -> float:
+    def step(self, lr):
         self.optimizer.param_groups[0]["lr"] = lr  # the engine steps this same object
         self.engine.step()  # clips, and skips the update if a gradient is not finite
         return float(self.engine.get_global_grad_norm())
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self):
         for name, weight in self.model.named_parameters(remove_duplicate=False):
             with self.deepspeed.zero.GatheredParameters([weight]):
                 yield name, weight.data.clone()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder):
         """Write a Hugging Face model folder, with every rank's optimizer in `deepspeed`."""
         self.engine.save_checkpoint(folder / "deepspeed", tag="ranks")
         own_names = {name for name, _ in self.model.named_parameters()}  # without a tied head
@@ -2315,13 +2318,14 @@ class DeepSpeedPolicy(Policy):
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.tokenizer.save_pretrained(folder)
 
-    def load_optimizer(self, folder: Path) -> None:
-        self.engine.load_checkpoint(folder / "deepspeed", tag="ranks")
+    def load_optimizer(self, folder):
+        loaded, _ = self.engine.load_checkpoint(folder / "deepspeed", tag="ranks")
+        require(loaded, f"{folder} has no DeepSpeed checkpoint.")
 
 
 # -------------------------------------------------------------------------------- 13. Command line
-def check_values(cfg: SharedConfig, *required: str) -> None:
-    """Refuse missing settings, and numbers below the least value of their setting or not finite."""
+def check_values(cfg: SharedConfig, *required):
+    """Refuse missing settings, and numbers that are too small or not finite."""
     for name in required:
         require(getattr(cfg, name), f"--{name} is missing.")
     for item in fields(cfg):
@@ -2375,7 +2379,7 @@ def resolve(cfg: Config) -> Config:
 
 
 @contextlib.contextmanager
-def report_errors() -> Iterator[None]:
+def report_errors():
     """Report what a user can fix as one sentence on stderr, and exit with status 1."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace", line_buffering=True)  # not every terminal can print τ
@@ -2396,14 +2400,14 @@ def report_errors() -> Iterator[None]:
         exit_with(f"out of memory: {knobs}.")
 
 
-def exit_with(sentence: str) -> None:
+def exit_with(sentence):
     if rank() == 0:
         sys.exit(f"fipo: {sentence}")
     time.sleep(10)  # if rank 0 met the same error, the launcher ends this rank first
     sys.exit(f"fipo: rank {rank()}: {sentence}")
 
 
-def run_eval(cfg: EvalConfig) -> None:
+def run_eval(cfg: EvalConfig):
     """Measure avg@n, cons@n, pass@k and mean length of a model. With --out, write all responses."""
     check_values(cfg, "model", "data")
     check_launcher(deepspeed="")
@@ -2415,7 +2419,11 @@ def run_eval(cfg: EvalConfig) -> None:
     use_vllm = cfg.sampler == "vllm"
     policy = Policy(cfg.model, cfg, only_shape=use_vllm)
     sampler = VLLMSampler(policy) if use_vllm else HFSampler(policy)
-    scores, groups = evaluate(sampler, encode_problems(cfg.data, policy, cfg), cfg)
+    problems = encode_problems(cfg.data, policy, cfg)
+    if cfg.out:
+        with user_error(f"creating the folder {cfg.out}"):
+            results.parent.mkdir(parents=True, exist_ok=True)
+    scores, groups = evaluate(sampler, problems, cfg)
     n = cfg.eval_samples
     say(
         f"{cfg.data}: {len(groups)} problems, avg@{n} {scores['eval/accuracy']:.4g}, "
@@ -2423,7 +2431,6 @@ def run_eval(cfg: EvalConfig) -> None:
         f"length {scores['eval/response_length']:.4g}"
     )
     if cfg.out:
-        results.parent.mkdir(parents=True, exist_ok=True)
         append_jsonl(results.with_name("responses.jsonl"), [sample_row(r) for r in flatten(groups)])
         results.write_text(json.dumps(asdict(cfg) | scores, indent=2))
 
@@ -2434,11 +2441,11 @@ class Parser(HfArgumentParser):
     HfArgumentParser passes the metadata of a field on to argparse, which does not know `least`.
     """
 
-    def add_argument(self, *names: str, least: float = 0, **options: Any) -> Any:
+    def add_argument(self, *names, least=0, **options):
         return super().add_argument(*names, **options)
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     commands = {"train": (Config, train), "eval": (EvalConfig, run_eval)}
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # DeepSpeed adds it
     with report_errors():
@@ -2446,7 +2453,10 @@ def main(argv: list[str]) -> None:
             print(__doc__)
             return
         is_command = argv and argv[0] in commands
-        require(is_command, "the first word is train or eval, as in `python fipo.py train --help`.")
+        require(
+            is_command,
+            "the first argument must be train or eval, as in `python fipo.py train --help`.",
+        )
         config_class, command = commands[argv[0]]
         usage = f"python fipo.py {argv[0]} [--help] [--SETTING VALUE …]"
         parser = Parser(config_class, usage=usage, description=command.__doc__, allow_abbrev=False)

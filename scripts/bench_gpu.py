@@ -295,7 +295,7 @@ def measure_model(name: str, record: Record, size: Size, work: Path) -> None:
 
     # 2) what is measured
     def logprobs_in_full(
-        ids: torch.Tensor, mask: torch.Tensor, with_entropy: bool = False
+        ids: torch.Tensor, mask: torch.Tensor, with_entropy: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with policy.autocast():
             logp = full_logits(policy.model, ids, mask)

@@ -161,7 +161,7 @@ def test_unknown_flags_and_commands_are_refused(small, capsys):
     unknown = "unrecognized arguments: "
     assert_refused([*words, "--learning_rate", "1"], unknown + "--learning_rate", capsys)
     assert_refused([*words, "--ste", "1"], unknown + "--ste", capsys)
-    assert_refused(["trian"], "first word is train or eval", capsys)
+    assert_refused(["trian"], "first argument must be train or eval", capsys)
 
 
 def test_a_missing_vllm_is_reported(small, capsys):

@@ -345,7 +345,7 @@ NO_QUESTION = {
 
 @pytest.mark.parametrize("kind", NO_QUESTION)
 def test_templates_that_drop_the_question_are_refused(chat_policy, encoded, kind):
-    message = "chat template does not write the last message as it is: '1[+]1=.'"
+    message = "chat template alters the last message, '1[+]1=.'"
     with pytest.raises(fipo.FipoError, match=message):
         encoded(chat_policy(NO_QUESTION[kind]), "1+1=?")
 

@@ -140,7 +140,7 @@ def test_dynamic_sampling_keeps_only_groups_with_a_signal(small):
 
     hard = [dataclasses.replace(problem, answer="none") for problem in problems]
     few_rounds = dataclasses.replace(cfg, max_gen_rounds=3)
-    message = r"12 groups in 3 rounds did not give a batch of 4.*accuracy is 0.0%: give easier"
+    message = r"12 groups in 3 rounds did not give a batch of 4.*accuracy is 0.0%: use easier"
     with pytest.raises(NoSignal, match=message):
         fipo.collect_rollouts(sampler, hard, few_rounds, 1, 0)
 
@@ -868,7 +868,7 @@ def hopeless_at_first(small, tmp_path) -> fipo.Config:
 def test_batch_of_equal_rewards_is_skipped(hopeless_at_first, capsys):
     cfg = dataclasses.replace(hopeless_at_first, save_every=1)
     fipo.train(cfg)
-    message = "step 1: skipped a batch, because all rewards of every group are equal"
+    message = "step 1: skipped a batch, because rewards are equal within every group"
     assert capsys.readouterr().out.count(message) == 1
     lines = metrics_of(cfg)
     assert steps_of(lines) == [0, 1, 2]
@@ -898,7 +898,7 @@ def test_batches_of_equal_rewards_end_the_run_after_max_gen_rounds(hopeless_at_f
         fipo.train(cfg)
     write_jsonl(Path(cfg.data), [{"prompt": "1+1=?\n", "answer": "none"}])
     cfg = dataclasses.replace(cfg, max_gen_rounds=3, out=cfg.out + "2")
-    message = "in 3 rounds did not .* accuracy is 0.0%: give easier problems"
+    message = "in 3 rounds did not .* accuracy is 0.0%: use easier problems"
     with pytest.raises(NoSignal, match=message):
         fipo.train(cfg)
     assert capsys.readouterr().out.count("skipped a batch") == 4
