@@ -46,6 +46,7 @@ from __future__ import annotations
 import contextlib
 import decimal
 import functools
+import importlib
 import json
 import logging
 import math
@@ -105,8 +106,10 @@ class SharedConfig:
     seed: int = setting(0, "seed of sampling, shuffling and mini-batches")
     max_prompt: int = setting(2048, "longest prompt in tokens; longer prompts are dropped", least=1)
     max_response: int = setting(20480, "longest response in tokens", least=1)
-    verifier: Literal["dapo", "math"] = setting(
-        "dapo", "dapo: compare the last 'Answer:' line as text; math: use math-verify"
+    verifier: str = setting(
+        "dapo",
+        "dapo: compare the last 'Answer:' line as text; math: use math-verify; MODULE:FUNCTION: "
+        "your own function of a response and an answer, which returns whether it is right",
     )
     rollout_rows: int = setting(
         512, "responses an engine samples at a time; bounds memory", least=1
@@ -838,12 +841,18 @@ def sample(
 
 def grade(rollouts: list[Rollout], policy: Policy, verifier):
     """Fill `text` and `correct`. The token that ends a response is not part of its text."""
+    is_correct = find_verifier(verifier)
     for r in rollouts:
         ids = list(r.response_ids)
         if ids[-1] in policy.eos:
             ids.pop()
         r.text = policy.tokenizer.decode(ids, skip_special_tokens=True)
-        r.correct = VERIFY[verifier](r.text, r.problem.answer)
+        verdict = is_correct(r.text, r.problem.answer)
+        require(
+            verdict in (True, False),
+            f"--verifier {verifier} returned {verdict!r}: it must return True or False.",
+        )
+        r.correct = bool(verdict)
 
 
 # -------------------------------------------------------------------------------------- 4. Rewards
@@ -1014,11 +1023,21 @@ def verify_math(response: str, ground_truth: str) -> bool:
 
 
 VERIFY = {"dapo": verify, "math": verify_math}
+# The answers that vote in an evaluation. With your own verifier, equal responses vote together.
 EXTRACT = {"dapo": extract_answer, "math": extract_math}
 NO_ANSWER = {
     "dapo": 'there is no "Answer:" line in the last 300 characters of any',
     "math": 'math-verify finds no "Answer:" line, number or formula in any',
 }
+
+
+def find_verifier(name):
+    """Return the function that grades responses. MODULE:FUNCTION is imported."""
+    if name in VERIFY:
+        return VERIFY[name]
+    module, _, function = name.partition(":")
+    with user_error(f"importing --verifier {name} (choose dapo, math or MODULE:FUNCTION)"):
+        return getattr(importlib.import_module(module), function)
 
 
 def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
@@ -1820,7 +1839,8 @@ def evaluate(
     purpose = (cfg.seed, "eval", step)
     groups = list(sample(sampler, problems, purpose, cfg, n, cfg.eval_temperature, cfg.eval_top_p))
     responses = flatten(groups)
-    if all(EXTRACT[cfg.verifier](r.text) is None for r in responses):
+    extract = EXTRACT.get(cfg.verifier, str.strip)
+    if all(extract(r.text) is None for r in responses):
         num_cut = sum(len(r.response_ids) == cfg.max_response for r in responses)
         say(
             f"no response of this evaluation gives an answer: {NO_ANSWER[cfg.verifier]}, and "
@@ -1845,7 +1865,8 @@ def majority_correct(group: list[Rollout], verifier):
 
     Responses without an answer do not vote. The verifier `math` counts equal mathematics together.
     """
-    answers = [EXTRACT[verifier](r.text) for r in group]
+    extract = EXTRACT.get(verifier, str.strip)
+    answers = [extract(r.text) for r in group]
     votes: Counter[str] = Counter()
     for answer, count in Counter(answers).items():
         if answer is None:
@@ -2337,6 +2358,7 @@ def check_values(cfg: SharedConfig, *required):
                 value >= least and is_finite,
                 f"--{item.name} is {value}: it must be at least {least}, and finite.",
             )
+    find_verifier(cfg.verifier)
     if isinstance(cfg, EvalConfig):
         require(
             cfg.eval_k <= cfg.eval_samples,
@@ -2411,7 +2433,7 @@ def run_eval(cfg: EvalConfig):
     """Measure avg@n, cons@n, pass@k and mean length of a model. With --out, write all responses."""
     check_values(cfg, "model", "data")
     check_launcher(deepspeed="")
-    is_possible = in_main_thread() or cfg.verifier == "dapo"
+    is_possible = in_main_thread() or cfg.verifier != "math"
     require(is_possible, "math-verify works in the main thread only: use --verifier dapo.")
     results = Path(cfg.out) / "eval.json"
     is_done = cfg.out and results.exists()

@@ -551,3 +551,39 @@ def test_the_stream_shows_each_problem_once_an_epoch_and_can_be_entered_anywhere
     assert epochs[0] != epochs[1]
     for start, n in itertools.product(range(14), range(1, 7)):
         assert fipo.draw_problems(problems, start, n, seed=3) == stream[start : start + n]
+
+
+def test_a_function_of_the_user_grades_responses(base, sums, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_rewards.py").write_text(
+        "def ends_in_4(response, answer):\n    return response.endswith('4')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "eval"
+    command = f"eval --model {base} --data {sums} --problems 4 --eval_samples 4 --max_response 32"
+    fipo.main([*command.split(), "--verifier", "my_rewards:ends_in_4", "--out", str(out)])
+    rows = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    verdicts = [row["correct"] for row in rows]
+    assert verdicts == [row["response"].endswith("4") for row in rows]
+    assert set(verdicts) == {True, False}
+    assert f"avg@4 {sum(verdicts) / 16:.4g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("mth", "importing --verifier mth [(]choose dapo, math or MODULE:FUNCTION[)] failed"),
+        ("json:nothing", "module 'json' has no attribute 'nothing'"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+    ],
+)
+def test_a_verifier_that_cannot_be_imported_is_refused(name, message):
+    with pytest.raises(FipoError, match=message):
+        fipo.check_values(fipo.EvalConfig(verifier=name))
+
+
+def test_a_verifier_must_return_true_or_false(base, sums, tmp_path, monkeypatch):
+    (tmp_path / "scores.py").write_text("def half(response, answer):\n    return 0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = fipo.EvalConfig(model=base, data=sums, max_response=8, problems=1, verifier="scores:half")
+    with pytest.raises(FipoError, match="scores:half returned 0.5: it must return True or False"):
+        fipo.run_eval(cfg)
