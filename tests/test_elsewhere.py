@@ -1,6 +1,7 @@
 """scripts/trl_fipo.py and scripts/verl_fipo.py, run with TRL and verl if they are installed."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -124,20 +125,29 @@ def expected(batch):
 @pytest.fixture
 def config():
     """The configuration of a verl actor, after the loss is registered."""
+    return actor_config()
+
+
+def actor_config(*settings):
+    """Return what verl makes of its defaults and of these arguments after `policy_loss.`."""
     pytest.importorskip("verl")
-    from verl.workers.config import ActorConfig, PolicyLossConfig
+    import hydra
+    from verl.utils.config import omega_conf_to_dataclass
 
     import verl_fipo  # noqa: F401
 
-    return ActorConfig(
-        strategy="fsdp",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        clip_ratio_low=0.2,
-        clip_ratio_high=0.28,
-        clip_ratio_c=10.0,
-        policy_loss=PolicyLossConfig(loss_mode="fipo"),
-    )
+    arguments = [
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.actor.clip_ratio_high=0.28",
+        "actor_rollout_ref.actor.clip_ratio_c=10",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=fipo",
+    ]
+    for setting in settings:
+        plus = "" if setting.startswith("_target_") else "+"
+        arguments.append(f"{plus}actor_rollout_ref.actor.policy_loss.{setting}")
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra.compose("ppo_trainer", arguments)
+    return omega_conf_to_dataclass(config.actor_rollout_ref.actor)
 
 
 def test_verl_calls_the_registered_loss_and_its_ranks_average_to_ours(config, batch, expected):
@@ -180,6 +190,53 @@ def test_verl_s_own_actor_loss_calls_it(config, batch, expected, monkeypatch):
     expected_loss, _ = expected
     assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
     assert "actor/fipo_future_kl_mean" in metrics
+
+
+TARGET = "_target_=verl_fipo.FIPOLossConfig"
+
+
+def test_verl_s_configuration_passes_fipo_s_settings_to_the_loss(batch):
+    config = actor_config(TARGET, "tau=8", "weight_range=[0.5,2]", "safety=1.05")
+    logp = batch["log_prob"]
+    old_logp = batch["old_log_prob"]
+    expected, _ = fipo.fipo_loss(
+        logp,
+        old_logp,
+        batch["advantages"],
+        batch["response_mask"],
+        tau=8.0,
+        weight_range=(0.5, 2.0),
+        safety=1.05,
+    )
+    import verl_fipo
+
+    loss, metrics = verl_fipo.fipo_policy_loss(**batch, config=config)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert metrics["actor/fipo_influence_min"] < 1
+    assert metrics["actor/fipo_influence_max"] > 1.2
+
+
+def test_the_defaults_in_verl_are_those_of_the_paper():
+    settings = actor_config(TARGET).policy_loss
+    assert (settings.tau, settings.weight_range, settings.safety) == (32.0, (1.0, 1.2), 10.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tau=0", "policy_loss.tau is 0: give a number above 0."),
+        ("safety=high", "policy_loss.safety is 'high': give a number above 0."),
+        ("weight_range=[1.2,0.8]", "policy_loss.weight_range is [1.2, 0.8]: give [low,high]"),
+        ("weight_range=0.2", "policy_loss.weight_range is 0.2: give [low,high]"),
+        ("taus=8", "unexpected keyword argument 'taus'"),
+    ],
+)
+def test_verl_refuses_wrong_settings_of_fipo(setting, message):
+    pytest.importorskip("verl")
+    from hydra.errors import InstantiationException
+
+    with pytest.raises(InstantiationException, match=re.escape(message)):
+        actor_config(TARGET, setting)
 
 
 def test_import_verl_registers_the_loss_in_a_new_process():
