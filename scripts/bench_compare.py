@@ -46,11 +46,10 @@ LABELS = {
     "fipo7b": "FIPO, f in [0.8, 1.2]",
     "grpo": "GRPO",
 }
-# One color for each method in all pictures (the palette of Okabe and Ito).
-COLORS = {
+COLORS = {  # one color for each method in all pictures, from the palette of Okabe and Ito
     "dapo": "#0072b2",
     "fipo": "#d55e00",
-    "fipo7b": "#e69f00",
+    "fipo7b": "#d55e00",
     "grpo": "#777777",
 }
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
