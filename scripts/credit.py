@@ -641,7 +641,7 @@ def draw_all(
 
 
 def write_beside(axes: plt.Axes, y: float, text: str) -> None:
-    """Write on the right of the axes."""
+    """Write text to the right of the axes."""
     axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
 
 
@@ -691,7 +691,7 @@ def draw_finders(axes: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
     scores_shown = ("−log π_old", "entropy", "|Δ|", "|F|", "f", "|F − Δ|")
     for place, score in enumerate(scores_shown):
         name = f"AUC, at the update, {score}"
-        areas = pd.DataFrame([tables[f"step {step}"].loc[name] for step in STEPS])
+        areas = pd.concat([tables[f"step {step}"].reindex([name]) for step in STEPS])
         heights = place + np.linspace(-0.25, 0.25, len(STEPS))  # from the first step to the last
         color = SCORE_COLORS[score]
         axes.errorbar(areas["mean"], heights, xerr=areas["half"], fmt="o", color=color, ms=4)
@@ -725,7 +725,7 @@ def draw_angles(axes: plt.Axes, gradients: pd.DataFrame) -> None:
     labels = []
     for place, name in enumerate((*RANGES, "another mini-batch")):
         mean, half, _ = gradients.loc[f"cosine: {name}"]
-        cosines = np.minimum([mean + half, mean, mean - half], 1)
+        cosines = np.clip([mean + half, mean, mean - half], -1, 1)
         low, angle, high = np.degrees(np.arccos(cosines))
         text = f"{angle:.1f}°"
         if name not in RANGES:
