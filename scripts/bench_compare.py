@@ -1,7 +1,8 @@
 """Compares FIPO, DAPO and GRPO on the embedded task over seeds, with ablations and a longer task.
 
 python scripts/bench_compare.py run [GROUP …]   # the runs that are not done yet, into runs/compare
-python scripts/bench_compare.py report          # compare.csv, compare.json, compare.png in assets
+python scripts/bench_compare.py report          # compare.csv and compare.json, then pictures
+python scripts/bench_compare.py pictures        # compare.png and qwen.png, from assets/results
 
 GROUP is tune (learning rates), main, range, tau, updates, without_m or long. The default is all of
 them. Two runs go at a time, with one thread each. A run takes 2.5 minutes on one core, and all of
@@ -45,11 +46,19 @@ LABELS = {
     "fipo7b": "FIPO, f in [0.8, 1.2]",
     "grpo": "GRPO",
 }
+COLORS = {  # one color for each method in all pictures, from the palette of Okabe and Ito
+    "dapo": "#0072b2",
+    "fipo": "#d55e00",
+    "fipo7b": "#d55e00",
+    "grpo": "#777777",
+}
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 BEST_LR = "2e-4"  # the choice of `tune` for each of the four algorithms
 # The two-sided 95 % quantile of Student's t for 2, 3, …, 10 values.
 STUDENT_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MEASURES = ("area", "final", "length", "longest")
+ASSETS = ROOT / "assets"
+RESULTS = ASSETS / "results"
 
 # ---------------------------------------------------------------------------------------- the runs
 
@@ -297,8 +306,7 @@ def report() -> None:
             row = asdict(planned) | summary(curves[planned.run])
             rows.append(row)
             families.setdefault(planned.family, {})[planned.seed] = row
-    results_folder = ROOT / "assets" / "results"
-    pandas.DataFrame(rows).to_csv(results_folder / "compare.csv", index=False)
+    pandas.DataFrame(rows).to_csv(RESULTS / "compare.csv", index=False)
 
     # 2) means over seeds, and differences
     results = {}
@@ -312,47 +320,96 @@ def report() -> None:
             result |= compare(by_seed, families[other], curves)
         print_result(family, result)
         results[family] = result
-    (results_folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
 
     # 3) the picture
-    draw(families, curves, ROOT / "assets" / "compare.png")
+    pictures()
 
 
-def draw_mean(axes: plt.Axes, curves: list[list[dict]], name: str, label: str) -> None:
-    """Draw a mean over runs and its 95 % interval."""
-    steps = [line["step"] for line in curves[0]]
-    means = []
-    lower = []
-    upper = []
-    for lines in zip(*curves):
-        center, half_width = interval([line[name] for line in lines])
-        means.append(center)
-        lower.append(center - half_width)
-        upper.append(center + half_width)
-    (line,) = axes.plot(steps, means, label=label)
-    axes.fill_between(steps, lower, upper, alpha=0.2, color=line.get_color(), linewidth=0)
+# ------------------------------------------------------------------------------------ the pictures
+
+STYLE = {  # for a figure of 8 inches, which a page shows at 800 pixels
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 2,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+}
 
 
-def draw(families: dict[str, Rows], curves: dict[str, list[dict]], path: Path) -> None:
-    """Draw accuracy and length of the embedded task (above) and of the longer task (below)."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    names = {
-        "eval/accuracy": "Accuracy, held out",
-        "eval/response_length": "Response length, tokens",
-    }
-    tasks = {"main": "embedded task", "long": "longer horizon"}
-    for row, (task, title) in zip(panels, tasks.items()):
-        seeds = len(families.get(f"{task}-dapo", {}))
-        for axes, (name, what) in zip(row, names.items()):
-            for algorithm, label in LABELS.items():
-                family = families.get(f"{task}-{algorithm}", {})
-                if len(family) > 1:
-                    runs = [curves[result["run"]] for result in family.values()]
-                    draw_mean(axes, runs, name, label)
-            axes.set(title=f"{what} ({title}, {seeds} seeds)", xlabel="step", ylim=(0, None))
-            axes.grid(alpha=0.3)
-            axes.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
+def draw_differences(runs: pandas.DataFrame, path: Path) -> None:
+    """Draw the differences to DAPO in area and final accuracy: every seed, mean and interval."""
+    rows = {}  # family -> label
+    for task, task_name in {"main": "embedded task", "long": "longer horizon"}.items():
+        for algorithm in ("fipo", "fipo7b", "grpo"):
+            family = f"{task}-{algorithm}"
+            if family in set(runs["family"]):
+                rows[family] = f"{LABELS[algorithm]}\n{task_name}"
+    measures = {"area": "Mean accuracy over the run", "final": "Accuracy at the end"}
+    percent = 100 * runs.pivot(index="seed", columns="family", values=list(measures))
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4), sharey=True)
+    for axes, (measure, title) in zip(panels, measures.items()):
+        for place, family in enumerate(rows):
+            task, algorithm = family.split("-")
+            difference = percent[measure, family] - percent[measure, f"{task}-dapo"]
+            values = difference.dropna().tolist()
+            center, half_width = interval(values)
+            color = COLORS[algorithm]
+            axes.errorbar(center, place, xerr=half_width, color=color, fmt="o", capsize=4)
+            axes.scatter(values, [place + 0.28] * len(values), color=color, alpha=0.5, s=14)
+        axes.axvline(0, color=COLORS["dapo"], zorder=1)
+        axes.set_title(title)
+        axes.set_yticks(range(len(rows)), rows.values())
+    axes.invert_yaxis()  # of both panels
+    figure.suptitle("FIPO and DAPO tie, GRPO is behind", fontweight="bold")
+    figure.supxlabel(
+        "difference to DAPO with the same seed, percentage points\n"
+        "(bars: mean and 95 % interval; small dots: the seeds)",
+        fontsize="medium",
+    )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_qwen(run: pandas.DataFrame, path: Path) -> None:
+    """Draw accuracy and entropy of the run on a real Qwen, and of the first five steps of DAPO."""
+    figure, (accuracy, entropy) = plt.subplots(1, 2, figsize=(8, 3.8))
+    run = run.assign(percent=100 * run["accuracy"], held_out=100 * run["eval/accuracy"])
+    for algorithm, style in {"fipo": "-", "dapo": "--"}.items():
+        rows = run[run["algorithm"] == algorithm]
+        look = {"color": COLORS[algorithm], "linestyle": style}
+        name = algorithm.upper()
+        accuracy.plot(rows["step"], rows["percent"], label=f"{name}, rollouts", **look)
+        entropy.plot(rows["step"], rows["entropy"], label=name, **look)
+    evaluated = run.dropna(subset="held_out")
+    accuracy.plot(evaluated["step"], evaluated["held_out"], "ko", label="FIPO, held out", zorder=3)
+    for step, share in zip(evaluated["step"], evaluated["held_out"]):
+        label = f"{share:.0f} %"
+        accuracy.text(step, 90, label, ha="center", fontweight="bold")
+        accuracy.vlines(step, share, 88, color="black", linewidth=0.8, linestyle=":")
+    accuracy.set(title="Accuracy, %", xlabel="step", xlim=(-2, 22), ylim=(0, 100))
+    accuracy.legend(loc="lower right")
+    entropy.set(title="Entropy, nats per token", xlabel="step", xlim=(-2, 22), ylim=(0, 0.26))
+    entropy.legend(loc="upper right")
+    entropy.annotate(
+        "entropy collapses\nby step 4",
+        (4, run["entropy"][4]),
+        (7, 0.1),
+        arrowprops={"arrowstyle": "->"},
+    )
+    figure.suptitle("Qwen2.5-Coder-0.5B-Instruct learns to add four numbers", fontweight="bold")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def pictures() -> None:
+    """Draw the results in assets/results."""
+    with plt.rc_context(STYLE):
+        draw_differences(pandas.read_csv(RESULTS / "compare.csv"), ASSETS / "compare.png")
+        draw_qwen(pandas.read_csv(RESULTS / "qwen.csv"), ASSETS / "qwen.png")
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -362,9 +419,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run | report | pictures"
+    )
     commands.add_parser("run").add_argument("groups", nargs="*", metavar="GROUP", choices=GROUPS)
     commands.add_parser("report")
+    commands.add_parser("pictures")
     # One run, in the process that `run` starts for it. `settings` are those of train_small.py.
     one = commands.add_parser("one")
     one.add_argument("group", choices=GROUPS)
@@ -374,6 +434,8 @@ def main() -> None:
         run_all(given.groups)
     elif given.command == "report":
         report()
+    elif given.command == "pictures":
+        pictures()
     else:
         run_one(given.group, given.settings)
 

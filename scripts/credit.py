@@ -8,11 +8,12 @@ python scripts/credit.py truth       # 1  values of all prefixes of 128 response
 python scripts/credit.py gradients   # 3  the angle between FIPO's and DAPO's gradients
 python scripts/credit.py matters     # 4  training with f, and with an oracle that estimates values
 python scripts/credit.py half        # 4  training on half of the tokens, chosen by F
-python scripts/credit.py report      # 2, 5  tables and a picture of all parts
+python scripts/credit.py report      # 2, 5  tables and pictures of all parts
+python scripts/credit.py pictures    # 5  assets/credit*.png, drawn from assets/results
 
 Each part saves its results in runs/credit and skips what is done. It runs two processes at a time,
-with one thread each. `report` writes there, too. The files in assets were made with the version of
-commit 4efe0ea and also hold results of parts that this script no longer has.
+with one thread each. `report` writes there, too. The results in assets were made with the version
+of commit 4efe0ea and also hold results of parts that this script no longer has.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ def entropies(policy: Policy, rollouts: list[Rollout]) -> list[Tensor]:
 KEY = 3.29  # standard errors of ΔV; by chance, one token in a thousand is that far off
 LEAD = 16  # tokens before a key token that are looked at
 FINDERS = {
-    "|Δ|": "|Δlog p|",
+    "|Δ|": "|Δ|",
     "|F|": "|F|",
     "|F − Δ|": "|F| without Δ itself",
     "|past − Δ|": "|the past| without Δ",
@@ -533,84 +534,8 @@ def compare_arms(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return result
 
 
-ARM_LABELS = {
-    "fipo": "FIPO, f in [1, 1.2]",
-    "fipo-wide": "FIPO, f in [0.5, 2]",
-    "oracle": "oracle, f in [1, 1.2]",
-    "oracle-wide": "oracle, f in [0.5, 2]",
-    "largest": "half: largest F",
-    "random": "half: random",
-    "smallest": "half: smallest F",
-}
-
-
-def draw_finders(axes: plt.Axes, truth: dict[str, pd.DataFrame]) -> None:
-    places = np.arange(len(FINDERS))
-    for step, table in truth.items():
-        names = [f"AUC, at the update, {name}" for name in FINDERS]
-        areas = table.reindex(names)
-        axes.errorbar(areas["mean"], places, xerr=areas["half"], fmt="o", label=step)
-        places = places + 0.17  # the next step goes below
-    axes.set(
-        title="Which scores find the tokens that decide?",
-        xlabel="AUC: 0.5 is guessing, 1 finds them all",
-        xlim=(0.1, 1.02),
-        yticks=range(len(FINDERS)),
-        yticklabels=FINDERS.values(),
-    )
-    axes.axvline(0.5, color="grey")
-    axes.invert_yaxis()
-    axes.legend(loc="upper left")
-
-
-def draw_leads(axes: plt.Axes, truth: dict[str, pd.DataFrame]) -> None:
-    means = pd.DataFrame({step: table["mean"] for step, table in truth.items()})
-    for score in LEADERS:
-        names = [f"{d} before, at the update, {score}" for d in range(LEAD + 1)]
-        curve = means.reindex(names).mean(axis=1)
-        label = FINDERS.get(score, score)
-        axes.plot(range(LEAD + 1), curve, marker=".", label=label)
-    axes.set(
-        title="Which scores find what leads to them?",
-        xlabel="tokens before the next one that decides",
-        ylabel="AUC, mean of the steps",
-        ylim=(0, 1.02),
-    )
-    axes.axhline(0.5, color="grey")
-    axes.legend(loc="lower right")
-
-
-def draw_gains(axes: plt.Axes, arms: dict[str, pd.DataFrame]) -> None:
-    gains = pd.DataFrame([100 * arms[arm].loc["area − dapo"] for arm in ARM_LABELS])
-    labels = list(ARM_LABELS.values())
-    axes.errorbar(gains["mean"], labels, xerr=gains["half"], fmt="o")
-    axes.set(
-        title="Does it change the accuracy?",
-        xlabel="area under held-out accuracy − DAPO's, points",
-    )
-    axes.axvline(0, color="grey")
-    axes.invert_yaxis()
-
-
-def draw_angles(axes: plt.Axes, rows: pd.DataFrame) -> None:
-    for name in ("another mini-batch", *RANGES):
-        cosines = rows[f"cosine: {name}"].dropna()
-        angles = np.degrees(np.arccos(cosines.clip(upper=1)))
-        by_update = angles.groupby(rows["update"]).mean()
-        label = f"FIPO, {name}" if name in RANGES else "DAPO on another mini-batch"
-        axes.plot(by_update, marker=".", label=label)
-    axes.set(
-        title="How far is it to DAPO's gradient?",
-        xlabel="update on one batch of rollouts",
-        ylabel="degrees",
-        yscale="log",
-        ylim=(0.3, 200),
-    )
-    axes.legend(loc="lower right")
-
-
 def report() -> None:
-    """Write the results of all parts as tables and as a picture."""
+    """Write the results of all parts as tables and as pictures."""
     # 1) means over seeds
     truth = {}
     for step in STEPS:
@@ -622,22 +547,209 @@ def report() -> None:
     by_seed = by_step.groupby("seed").mean()
     folders = sorted(done.parent for done in RUNS.glob("*/*/done"))
     runs = pd.DataFrame([read_run(folder) for folder in folders])
-    arms = compare_arms(runs)
 
     # 2) tables
-    tables = truth | {"gradients": over_seeds(by_seed)} | arms
+    tables = truth | {"gradients": over_seeds(by_seed)} | compare_arms(runs)
     pd.concat(tables).to_csv(RUNS / "credit.csv")
     runs.to_csv(RUNS / "credit_runs.csv", index=False)
 
-    # 3) the picture
-    figure, panels = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
-    draw_finders(panels[0, 0], truth)
-    draw_leads(panels[0, 1], truth)
-    draw_gains(panels[1, 0], arms)
-    draw_angles(panels[1, 1], gradients)
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-    figure.savefig(RUNS / "credit.png", dpi=130)
+    # 3) pictures
+    draw_all(tables, runs, RUNS, {})
+
+
+# -------------------------------------------------------------------------------- The pictures
+# What the committed results say, as titles of the pictures.
+FINDINGS = {
+    "credit": "An oracle with f in [0.5, 2] gains 1.7 points, FIPO none",
+    "credit_steps": "The oracle is ahead early, FIPO at no step beyond the noise",
+    "credit_half": "Training on half of the tokens costs 3 points by largest F, 5 at random",
+    "credit_finds": "|Δ| finds the tokens that decide, f hardly does",
+    "credit_leads": "|F| finds what leads to a token that decides, no better than −log π_old",
+    "credit_angle": "f in [1, 1.2] turns the gradient by 3 degrees",
+}
+FIPO_COLOR = bench_compare.COLORS["fipo"]
+ORACLE_COLOR = "#009e73"
+HALF_COLOR = "#555555"
+# Arm -> label and color
+ARM_STYLES = {
+    "dapo": ("DAPO", bench_compare.COLORS["dapo"]),
+    "fipo": ("FIPO, f in [1, 1.2]", FIPO_COLOR),
+    "fipo-wide": ("FIPO, f in [0.5, 2]", FIPO_COLOR),
+    "oracle": ("oracle, f in [1, 1.2]", ORACLE_COLOR),
+    "oracle-wide": ("oracle, f in [0.5, 2]", ORACLE_COLOR),
+    "values": ("ΔV in the place of A", "#cc79a7"),
+}
+HALF_STYLES = {
+    "moved": ("largest |Δ|", HALF_COLOR),
+    "largest": ("largest F", FIPO_COLOR),
+    "random": ("random", HALF_COLOR),
+    "smallest": ("smallest F", FIPO_COLOR),
+}
+SCORE_COLORS = {
+    "−log π_old": "#56b4e9",
+    "entropy": "#999999",
+    "|Δ|": "black",
+    "|F|": "#e69f00",
+    "|F − Δ|": "#e69f00",
+    "f": FIPO_COLOR,
+    "|past − Δ|": "#999999",
+    "future of −log π_old": "#56b4e9",
+}
+
+
+def read_committed() -> dict[str, pd.DataFrame]:
+    """The tables of `report`, from assets/results/credit.json."""
+    saved = json.loads((bench_compare.RESULTS / "credit.json").read_text())
+    parts = {f"step {step}": rows for step, rows in saved["truth"].items()}
+    parts["gradients"] = saved["gradients"]["lr 0.0002"]
+    for name, rows in saved["runs"].items():
+        part, arm = name.split(": ")
+        if part in ARMS:
+            parts[arm] = rows
+    tables = {}
+    for name, rows in parts.items():
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "half", "n"])
+        tables[name] = table.rename(index=lambda row: row.replace("− DAPO", "− dapo"))
+    return tables
+
+
+def pictures() -> None:
+    """Draw the committed results."""
+    runs = pd.read_csv(bench_compare.RESULTS / "credit_runs.csv")
+    draw_all(read_committed(), runs, bench_compare.ASSETS, FINDINGS)
+
+
+def draw_all(
+    tables: dict[str, pd.DataFrame], runs: pd.DataFrame, folder: Path, titles: dict[str, str]
+) -> None:
+    """Draw all pictures into a folder."""
+    draws = {
+        "credit": partial(draw_gains, tables=tables, styles=ARM_STYLES),
+        "credit_half": partial(draw_gains, tables=tables, styles=HALF_STYLES),
+        "credit_steps": partial(draw_steps, runs=runs),
+        "credit_finds": partial(draw_finders, tables=tables),
+        "credit_leads": partial(draw_leads, tables=tables),
+        "credit_angle": partial(draw_angles, gradients=tables["gradients"]),
+    }
+    with plt.rc_context(bench_compare.STYLE):
+        for name, draw in draws.items():
+            figure, axes = plt.subplots(figsize=(8, 4))
+            draw(axes)
+            axes.set_title(titles.get(name, ""))
+            figure.savefig(folder / f"{name}.png")
+            plt.close(figure)
+
+
+def write_beside(axes: plt.Axes, y: float, text: str) -> None:
+    """Write text to the right of the axes."""
+    axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
+
+
+def draw_gains(
+    axes: plt.Axes, tables: dict[str, pd.DataFrame], styles: dict[str, tuple[str, str]]
+) -> None:
+    """The difference of every arm to DAPO in the area under its accuracy curve."""
+    arms = [arm for arm in styles if arm in tables]
+    for place, arm in enumerate(arms):
+        _, color = styles[arm]
+        if arm == "dapo":
+            axes.plot(0, place, "o", color=color)
+            continue
+        gain = 100 * tables[arm].loc["area − dapo"]
+        axes.errorbar(gain["mean"], place, xerr=gain["half"], fmt="o", color=color, capsize=4)
+        text = f"{gain['mean']:+.1f} ± {gain['half']:.1f}"
+        write_beside(axes, place, text.replace("-", "−"))
+    axes.axvline(0, color=ARM_STYLES["dapo"][1], zorder=1)
+    axes.set_yticks(range(len(arms)), [styles[arm][0] for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "area under held-out accuracy − DAPO's, percentage points\n"
+        "(mean over seeds and 95 % interval)"
+    )
+
+
+def draw_steps(axes: plt.Axes, runs: pd.DataFrame) -> None:
+    """The difference to DAPO in accuracy at every evaluation, paired by seed."""
+    curves = {}
+    for arm, rows in runs[runs["part"] == "matters"].groupby("arm"):
+        curves[arm] = 100 * rows.set_index("seed")["curve"].str.split(expand=True).astype(float)
+    for arm in ("oracle-wide", "fipo"):
+        label, color = ARM_STYLES[arm]
+        difference = over_seeds(curves[arm] - curves["dapo"])
+        steps = 2 * difference.index  # a run is evaluated at every second step
+        lower = difference["mean"] - difference["half"]
+        upper = difference["mean"] + difference["half"]
+        axes.plot(steps, difference["mean"], marker=".", color=color, label=label)
+        axes.fill_between(steps, lower, upper, color=color, alpha=0.2, linewidth=0)
+    axes.axhline(0, color=ARM_STYLES["dapo"][1], label="DAPO", zorder=1)
+    axes.set(xlabel="step", ylabel="held-out accuracy − DAPO's, points")
+    axes.legend(loc="upper right", title="mean and 95 % interval")
+
+
+def draw_finders(axes: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
+    """How well scores find key tokens, at every step in STEPS."""
+    scores_shown = ("−log π_old", "entropy", "|Δ|", "|F|", "f", "|F − Δ|")
+    for place, score in enumerate(scores_shown):
+        name = f"AUC, at the update, {score}"
+        areas = pd.concat([tables[f"step {step}"].reindex([name]) for step in STEPS])
+        heights = place + np.linspace(-0.25, 0.25, len(STEPS))  # from the first step to the last
+        color = SCORE_COLORS[score]
+        axes.errorbar(areas["mean"], heights, xerr=areas["half"], fmt="o", color=color, ms=4)
+    axes.axvline(0.5, color="black", linewidth=1)
+    axes.set_yticks(range(len(scores_shown)), [FINDERS[score] for score in scores_shown])
+    axes.invert_yaxis()
+    axes.set_xlim(0.2, 1.01)
+    steps = ", ".join(str(step) for step in STEPS)
+    axes.set_xlabel(f"AUC: 0.5 is guessing, 1 finds all (in each row, from the top: steps {steps})")
+
+
+def draw_leads(axes: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
+    """How well scores find the tokens before a key token, by the distance to it."""
+    means = pd.DataFrame({step: tables[f"step {step}"]["mean"] for step in STEPS})
+    for score in LEADERS:
+        names = [f"{d} before, at the update, {score}" for d in range(LEAD + 1)]
+        curve = means.reindex(names).mean(axis=1)
+        label = FINDERS.get(score, score)
+        axes.plot(range(LEAD + 1), curve, marker=".", color=SCORE_COLORS[score], label=label)
+    axes.axhline(0.5, color="black", linewidth=1)
+    axes.set(
+        xlabel="tokens before the next one that decides",
+        ylabel="AUC, mean of the steps",
+        ylim=(0, 1),
+    )
+    axes.legend(loc="lower center", ncols=2)
+
+
+def draw_angles(axes: plt.Axes, gradients: pd.DataFrame) -> None:
+    """The angle to DAPO's gradient of FIPO's, and of DAPO's on another mini-batch."""
+    labels = []
+    for place, name in enumerate((*RANGES, "another mini-batch")):
+        mean, half, _ = gradients.loc[f"cosine: {name}"]
+        cosines = np.clip([mean + half, mean, mean - half], -1, 1)
+        low, angle, high = np.degrees(np.arccos(cosines))
+        text = f"{angle:.1f}°"
+        if name not in RANGES:
+            label = "DAPO, next mini-batch"
+            color = ARM_STYLES["dapo"][1]
+        else:
+            label = f"FIPO, f in {name}" if name != "unclipped" else "FIPO, f unclipped"
+            color = FIPO_COLOR
+            a, b = RANGES[name]
+            if math.isfinite(b):
+                bound = math.degrees(math.acos(2 * math.sqrt(a * b) / (a + b)))
+                axes.plot(bound, place, "|", color="black", markersize=18)
+                text += f" (limit {bound:.1f}°)"
+        labels.append(label)
+        spread = [[angle - low], [high - angle]]
+        axes.errorbar(angle, place, xerr=spread, fmt="o", color=color, capsize=4)
+        write_beside(axes, place, text)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 90)
+    axes.set_xlabel(
+        "angle to DAPO's gradient, degrees\n"
+        "(mean and 95 % interval; black: the limit for orthogonal token gradients)"
+    )
 
 
 # ------------------------------------------------------------------------------------ Command line
@@ -646,11 +758,14 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=["truth", "gradients", *ARMS, "report"])
+    parser.add_argument("part", choices=["truth", "gradients", *ARMS, "report", "pictures"])
     part = parser.parse_args(argv).part
     with fipo.report_errors():
         if part == "report":
             report()
+            return
+        if part == "pictures":
+            pictures()
             return
         settings()  # several processes will need the base model and the problems
         if part == "truth":

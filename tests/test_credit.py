@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+import bench_compare
 import credit
 import fipo
 
@@ -417,7 +418,35 @@ def test_truth_and_gradients_are_recorded_once_and_reported(embedded, monkeypatc
     runs = pd.read_csv(credit.RUNS / "credit_runs.csv").set_index("arm")
     assert runs["curve"]["fipo"] == "0.2000 0.6000 1.0000"
     assert runs["area"]["fipo"] == pytest.approx((0.4 + 0.8) / 2)
-    assert (credit.RUNS / "credit.png").stat().st_size > 10_000
+    assert drawn_names(credit.RUNS) == set(credit.FINDINGS)
+
+
+def drawn_names(folder):
+    return {path.stem for path in folder.glob("*.png") if path.stat().st_size > 10_000}
+
+
+def test_the_committed_results_can_be_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_compare, "ASSETS", tmp_path)
+    credit.pictures()
+    bench_compare.pictures()
+    assert drawn_names(tmp_path) == {*credit.FINDINGS, "compare", "qwen"}
+
+
+def test_titles_of_the_pictures_agree_with_the_committed_results():
+    tables = credit.read_committed()
+    gains = {}
+    for arm in (*credit.ARM_STYLES, *credit.HALF_STYLES):
+        if arm != "dapo":
+            gains[arm] = tables[arm].loc["area − dapo"]
+            assert gains[arm]["n"] == 10
+    assert gains["oracle-wide"]["mean"] == pytest.approx(0.017, abs=5e-4)
+    assert gains["oracle-wide"]["mean"] > gains["oracle-wide"]["half"]
+    for arm in ("fipo", "fipo-wide"):
+        assert gains[arm]["mean"] < 0
+    assert gains["largest"]["mean"] == pytest.approx(-0.03, abs=5e-3)
+    assert gains["random"]["mean"] == pytest.approx(-0.05, abs=5e-3)
+    cosine = tables["gradients"].loc["cosine: [1, 1.2]", "mean"]
+    assert math.degrees(math.acos(cosine)) == pytest.approx(3, abs=0.5)
 
 
 def test_over_seeds_leaves_out_missing_values_and_counts_the_rest():
