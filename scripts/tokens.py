@@ -489,7 +489,7 @@ scale. Point at a token to see its values.</div>
 <b style="background:{{ shade(place) }}">{{ "%.3g" | format(value) }}</b>{% endfor %}</div>
 {%- endfor %}</header>
 {%- for row in rows %}
-<h3>{{ row.caption }}: {{ row.verdict }}</h3><p class="prompt">{{ row.prompt.strip() }}</p><p>
+<h3>{{ row.caption }}, {{ row.verdict }}</h3><p class="prompt">{{ row.prompt.strip() }}</p><p>
 {%- for token in row.tokens -%}
 {%- set i = loop.index0 -%}
 <i style="

@@ -378,7 +378,7 @@ def test_token_map_is_a_page_without_scripts_or_links():
     assert "://" not in html
     assert "url(" not in html
     assert page.tags.count("input") == 4
-    for text in ("a <caption>: a <verdict>", "p & q", "".join(odd).replace("\n", "⏎\n")):
+    for text in ("a <caption>, a <verdict>", "p & q", "".join(odd).replace("\n", "⏎\n")):
         assert text in page.text
     first = page.tokens[0]
     last = page.tokens[-1]
