@@ -10,7 +10,7 @@ changed (`--study_seeds 0` leaves this out).
 With a GPU, it trains Qwen2.5-0.5B on GSM8K. `--model` chooses another model, with or without a GPU.
 All settings of `fipo.py train` can be given. Everything a run writes is in --out.
 
-  python train_small.py --algorithm dapo --seed 1 --out runs/dapo-1
+  python train_small.py --algorithm dapo --compare runs/fipo-0
   python train_small.py --model Qwen/Qwen2.5-1.5B --steps 200
 """
 
@@ -247,8 +247,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def report(out: Path) -> None:
-    """Compare before and after on held-out problems: a table, three responses and curves.png."""
+def report(out: Path, compare: str) -> None:
+    """Compare before and after on held-out problems: a table, three responses and pictures.
+
+    `compare` is the folder of another run, whose curves are drawn as well, or empty.
+    """
     lines = read_jsonl(out / "metrics.jsonl")
     evaluated = [line for line in lines if "eval/accuracy" in line]
     fipo.require(
@@ -274,52 +277,62 @@ def report(out: Path) -> None:
             verdict = "right" if sample["correct"] else "wrong"
             text = sample["response"].strip().replace("\n", "\n" + " " * 16)
             say(f"  {when:7}{verdict:7}{text}")
-    # 3) The picture.
-    plot_curves(lines, out / "curves.png")
-    say(f"\npicture: {out / 'curves.png'}")
+    # 3) The pictures.
+    say(f"\ncurves: {out / 'curves.png'}")
+    plot_curves([out, Path(compare)] if compare else [out], out / "curves.png")
+    if any(line.get("influence_mean", 1) != 1 for line in lines):  # f is 1 in DAPO and GRPO
+        say(f"influence weight f: {out / 'influence.png'}")
+        plot_influence(lines, out / "influence.png")
     say(f"numbers: {out / 'metrics.jsonl'}")
     say(f"model: {out / 'checkpoints'}")
 
 
-def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Plot accuracy, response length, influence weight and entropy over the steps."""
-    trained = [line for line in lines if "accuracy" in line]
-    evaluated = [line for line in lines if "eval/accuracy" in line]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
-    accuracy, length, influence, entropy = axes.flatten()
+def draw(axis: Any, lines: list[dict[str, Any]], name: str, **style: Any) -> list[float]:
+    """Draw a metric over the steps that logged it, and return its values. Shares are per cent."""
+    rows = [line for line in lines if name in line]
+    factor = 100 if name.endswith("accuracy") else 1
+    values = [factor * row[name] for row in rows]
+    axis.plot([row["step"] for row in rows], values, **style)
+    axis.set_xlabel("step")
+    axis.locator_params("x", integer=True)
+    axis.grid(alpha=0.3)
+    return values
 
-    def draw(axis: Any, rows: list[dict[str, Any]], name: str, label: str, **style: Any) -> None:
-        steps = [row["step"] for row in rows]
-        axis.plot(steps, [row[name] for row in rows], label=label, **style)
 
-    draw(accuracy, trained, "accuracy", "rollouts", color="C0")
-    draw(accuracy, evaluated, "eval/accuracy", "held out", color="C1", marker="o")
-    accuracy.set(title="Accuracy", ylim=(0, 1.02))
-    draw(length, trained, "response_length/mean", "rollouts", color="C0")
-    draw(length, evaluated, "eval/response_length", "held out", color="C1", marker="o")
+def plot_curves(runs: list[Path], path: Path) -> None:
+    """Plot accuracy and response length of one run (solid) or two (the second dashed)."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), constrained_layout=True)
+    accuracy, length = axes
+    for run, color, linestyle in zip(runs, ("C0", "C1"), ("-", "--")):
+        config = json.loads((run / "config.json").read_text())
+        name = f"{config['algorithm'].upper()}, seed {config['seed']}"
+        lines = read_jsonl(run / "metrics.jsonl")
+        rollouts: dict[str, Any] = {"color": color, "linestyle": linestyle}
+        held_out = rollouts | {"label": f"{name}, held out", "marker": "o"}
+        rollouts |= {"label": f"{name}, rollouts", "linewidth": 1, "alpha": 0.4}
+        draw(accuracy, lines, "accuracy", **rollouts)
+        draw(accuracy, lines, "eval/accuracy", **held_out)
+        draw(length, lines, "response_length/mean", **rollouts)
+        draw(length, lines, "eval/response_length", **held_out)
+    accuracy.set(title="Accuracy, %", ylim=(0, 102))
     length.set(title="Response length, tokens", ylim=(0, None))
-    draw(influence, trained, "influence_mean", "mean f, all updates", color="C2")
-    draw(influence, trained, "influence_last", "mean f, last update", color="C2", linestyle="--")
-    influence.set(title="Influence weight f, and share of tokens at its bounds")
-    share = influence.twinx()
-    draw(share, trained, "influence_frac_low", "share at the lower bound", color="C7", ls=":")
-    draw(share, trained, "influence_frac_high", "share at the upper bound", color="C3", ls=":")
-    share.set(ylim=(0, 1), ylabel="share")
-    draw(entropy, trained, "entropy", "rollouts", color="C4")
-    entropy.set(title="Entropy of the policy, nats per token", ylim=(0, None))
-    for axis in (accuracy, length, entropy, influence):
-        axis.set_xlabel("step")
-        axis.locator_params("x", integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend(handles=axis.lines)
-    influence.legend(
-        handles=[*influence.lines, *share.lines],
-        fontsize="small",
-        ncols=2,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.18),
+    accuracy.legend(fontsize="small")
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def plot_influence(lines: list[dict[str, Any]], path: Path) -> None:
+    """Plot the mean influence weight of each step. The title says how far it is from 1."""
+    figure, axis = plt.subplots(figsize=(8, 3), constrained_layout=True)
+    means = draw(axis, lines, "influence_mean", color="C2", label="all updates of a step")
+    means += draw(
+        axis, lines, "influence_last", color="C2", linestyle="--", label="last update of a step"
     )
-    figure.savefig(path, dpi=130)
+    distances = [100 * abs(mean - 1) for mean in means]
+    title = f"Mean f differs from 1 by {min(distances):.1f} to {max(distances):.1f} %"
+    axis.set(title=title, ylabel="mean f of all tokens")
+    axis.legend()
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
@@ -361,7 +374,9 @@ With a GPU: Qwen2.5-0.5B on GSM8K. The settings to know first:
   --seed       of sampling and mini-batches (default: 0)
   --out        folder of the run (default: runs/ALGORITHM-SEED); --resume continues it
 
-All settings of `python fipo.py train --help` are accepted, and two more:
+All settings of `python fipo.py train --help` are accepted, and three more:
+  --compare         folder of another run, drawn dashed in curves.png; a finished run
+                    redraws its pictures when started with --resume --out FOLDER
   --pretrain_steps  of making the embedded base model (default: 1000)
   --study_seeds     of the token study at the end (default: 3; 0: none)
 """
@@ -371,6 +386,7 @@ def parser() -> fipo.Parser:
     usage = HELP.splitlines()[0].removeprefix("usage: ")
     parser = fipo.Parser(fipo.Config, usage=usage, allow_abbrev=False)
     parser.format_help = lambda: HELP  # argparse's own would fill three screens
+    parser.add_argument("--compare", default="")
     parser.add_argument("--pretrain_steps", type=int, default=1000)
     parser.add_argument("--study_seeds", type=int, default=3)
     return parser
@@ -384,6 +400,7 @@ def configure(argv: list[str], defaults: dict[str, Any]) -> fipo.Config:
         defaults = {name: value for name, value in defaults.items() if name != "overlong_buffer"}
     with_defaults.set_defaults(**defaults)
     settings = vars(with_defaults.parse_args(argv))
+    del settings["compare"]
     del settings["pretrain_steps"]
     del settings["study_seeds"]
     return fipo.Config(**settings)
@@ -419,6 +436,10 @@ def run(argv: list[str]) -> None:
     # 2) Report mistakes before anything is made.
     fipo.resolve(cfg)
     fipo.check_launcher(cfg.deepspeed)
+    fipo.require(
+        not given.compare or (Path(given.compare) / "metrics.jsonl").exists(),
+        f"--compare {given.compare} is not the folder of a run: it has no metrics.jsonl.",
+    )
     if is_embedded:
         make_embedded(defaults, given.pretrain_steps)
 
@@ -432,7 +453,7 @@ def run(argv: list[str]) -> None:
         say(f"nothing is left to learn: {end}")
 
     # 4) Show the results.
-    report(out)
+    report(out, given.compare)
     if given.study_seeds and os.environ.get("WORLD_SIZE", "1") == "1":
         study_tokens(cfg, given.study_seeds, is_embedded)
 

@@ -1,26 +1,26 @@
 """Which tokens did RL change? Compares a model before and after training, token by token.
 
 Both models write responses to the same problems, and both score every token of all responses.
-Δlog p = log π_RL − log π_base is signed (arXiv 2603.22117). It is compared with KL, JS divergence
-and entropy, which are not. All are in nats, at temperature 1, over the whole vocabulary. This Δ
-spans the whole training, whereas the Δ in fipo.py spans the updates on one batch of rollouts.
+Δ(RL − base) = log π_RL − log π_base is signed (arXiv 2603.22117). It is compared with KL and
+entropy, which are not. All are in nats, at temperature 1, over the whole vocabulary.
+Δ(RL − base) spans the whole training, whereas Δ, as in fipo.py, spans the updates on one batch.
 Token replacement then tests which of these measures finds the tokens that matter: one model
 writes, and wherever a criterion fires, that one token is drawn from the other model. How few
 replaced tokens bring the base model to the trained model's accuracy?
 
   python scripts/tokens.py --base DIR --trained DIR --data FILE --out DIR
 
-writes metrics.json, histograms.png, replacement.png, token_map.html and, for one response,
-token_map.png.
+writes metrics.json, replacement.png and token_map.html. If --trained is a checkpoint of fipo.py,
+the map also has the last update's Δ, F and f, and token_map.png shows them for one response.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import sys
+import textwrap
 import warnings
 from array import array
 from collections.abc import Iterator
@@ -31,6 +31,8 @@ from typing import Any, ClassVar, Literal
 
 import jinja2  # installed with torch
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm, ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -63,9 +65,8 @@ class TokensConfig(fipo.SharedConfig):
         32768, "tokens per forward pass of scoring, padding included", least=1
     )
     replacement: bool = setting(True, "run token replacement, which holds both models in memory")
-    extrapolate: float = setting(0.1, "γ of the extrapolation (1 + γ) log π_RL − γ log π_base")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "float32", "compute dtype; the rounding of bfloat16 is visible in Δlog p"
+        "float32", "compute dtype; the rounding of bfloat16 is visible in Δ(RL − base)"
     )
 
 
@@ -75,8 +76,8 @@ def check_settings(cfg: TokensConfig) -> None:
     require(is_single, "the token study runs in one process: start it with python.")
     require(
         vocabulary(cfg.base) == vocabulary(cfg.trained),
-        f"{cfg.base} and {cfg.trained} have different tokenizers or vocabularies: Δlog p compares "
-        "the same tokens, so --trained must be a model that was trained from --base.",
+        f"{cfg.base} and {cfg.trained} have different tokenizers or vocabularies: Δ(RL − base) "
+        "compares the same tokens, so --trained must be a model that was trained from --base.",
     )
 
 
@@ -88,13 +89,8 @@ def vocabulary(path: str) -> tuple[int, dict[str, int]]:
 
 
 # --------------------------------------------------------------------------------------- Measures
-MEASURES = {
-    "delta_logp": "Δlog p",
-    "kl": "KL(π_RL ‖ π_base)",
-    "js": "JS divergence",
-    "entropy_base": "entropy of π_base",
-    "entropy_trained": "entropy of π_RL",
-}
+# delta_logp is Δ(RL − base), and kl is KL(π_RL ‖ π_base).
+MEASURES = ("delta_logp", "kl", "entropy_base", "entropy_trained")
 
 
 @dataclass
@@ -109,11 +105,6 @@ Written = dict[str, list[Response]]  # by the model that wrote them, "base" or "
 Row = dict[str, Any]
 
 
-def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p ‖ q) from the log-probs p and q. [N, V], [N, V] -> [N]."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
 def entropy(p: Tensor) -> Tensor:
     """Return the entropy from the log-probs p. [N, V] -> [N]."""
     return -(p.exp() * p).sum(-1)
@@ -126,11 +117,9 @@ def compare(base: Tensor, trained: Tensor, token: Tensor) -> dict[str, Tensor]:
     """
     base_logp = base.gather(1, token[:, None])[:, 0]
     trained_logp = trained.gather(1, token[:, None])[:, 0]
-    mixture = torch.logaddexp(base, trained) - math.log(2)
     return {
         "delta_logp": trained_logp - base_logp,
-        "kl": kl_divergence(trained, base),
-        "js": (kl_divergence(trained, mixture) + kl_divergence(base, mixture)) / 2,
+        "kl": (trained.exp() * (trained - base)).sum(-1),
         "entropy_base": entropy(base),
         "entropy_trained": entropy(trained),
         "base": base_logp,
@@ -179,8 +168,8 @@ def values_of(responses: list[Response], name: str) -> Tensor:
     return torch.cat([r.measures[name] for r in responses])
 
 
-def extremes(responses: list[Response], tokenizer: Any, sign: int, n: int = 20) -> list[Row]:
-    """Return the `n` tokens with the largest sign · Δlog p, each between its neighbours.
+def extremes(responses: list[Response], tokenizer: Any, sign: int) -> list[Row]:
+    """Return the 20 tokens with the largest sign · Δ(RL − base), each between its neighbours.
 
     A token that occurs again in the same context is listed once.
     """
@@ -200,7 +189,7 @@ def extremes(responses: list[Response], tokenizer: Any, sign: int, n: int = 20) 
             "after": tokenizer.decode(ids[at + 1 : at + 9]),
         }
         rows.setdefault((row["before"], row["token"]), row)
-        if len(rows) == n:
+        if len(rows) == 20:
             break
     return list(rows.values())
 
@@ -223,7 +212,7 @@ def summarize(who: str, responses: list[Response], tokenizer: Any, tolerance: fl
     shares = [f"{share:.1%} below {x}" for x, share in share_below["delta_logp"].items()]
     say(
         f"written by the {who} model: accuracy {accuracy:.1%}, mean length {length:.1f}, "
-        f"|Δlog p| of tokens: {', '.join(shares)}"
+        f"|Δ(RL − base)| of tokens: {', '.join(shares)}"
     )
     return {
         "accuracy": accuracy,
@@ -234,26 +223,12 @@ def summarize(who: str, responses: list[Response], tokenizer: Any, tolerance: fl
     }
 
 
-def draw_histograms(written: Written, path: Path) -> None:
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    *panels, empty = figure.subplots(2, 3).flat
-    labels = [f"written by the {who} model" for who in written]
-    for axes, (name, title) in zip(panels, MEASURES.items()):
-        values = [values_of(responses, name).numpy() for responses in written.values()]
-        axes.hist(values, bins=60, histtype="step", log=True, label=labels)
-        axes.set(title=title, xlabel="nats", ylabel="tokens")
-    empty.axis("off")
-    empty.legend(*axes.get_legend_handles_labels(), loc="center")
-    figure.savefig(path, dpi=130)
-
-
 # ------------------------------------------------------------------------------ Token replacement
 CRITERIA = {
-    "delta_logp": "Δlog p",
+    "delta_logp": "Δ(RL − base)",
     "kl": "KL",
     "entropy": "entropy of the writer",
     "random": "random",
-    "extrapolated": "Δlog p, extrapolated",
 }
 FRACTIONS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.3)  # of the writer's own tokens
 
@@ -264,7 +239,7 @@ def score(writer: str, criterion: str, measures: dict[str, Tensor]) -> Tensor:
         return measures[criterion]
     if criterion == "entropy":
         return measures[f"entropy_{writer}"]
-    # Δlog p, with the sign that makes it high where the other model likes the token less.
+    # Δ(RL − base), with the sign that makes it high where the other model likes the token less.
     return -measures["delta_logp"] if writer == "base" else measures["delta_logp"]
 
 
@@ -275,9 +250,6 @@ def rules(written: Written) -> Iterator[tuple[str, str, float]]:
     """
     shares = [1 - fraction for fraction in FRACTIONS]
     for writer, criterion in itertools.product(written, CRITERIA):
-        # Extrapolation goes beyond the trained model, so only the base model can be the writer.
-        if writer == "trained" and criterion == "extrapolated":
-            continue
         thresholds = shares  # the random criterion compares them with uniform random numbers
         if criterion != "random":
             measures = {name: values_of(written[writer], name) for name in MEASURES}
@@ -310,7 +282,6 @@ class ReplacingSampler:
     writer: str
     criterion: str
     threshold: float
-    gamma: float  # of the extrapolation
     ranks: ClassVar[int] = 1
 
     @property
@@ -331,7 +302,6 @@ class ReplacingSampler:
         device = self.policy.device
         eos = torch.tensor(self.policy.eos, device=device)
         models = [self.pair[who].model.eval() for who in ("base", "trained")]
-        gamma = self.gamma if self.criterion == "extrapolated" else 0.0
 
         # 1) Random numbers for the writer, the other model and the random criterion.
         other_seeds = [derive_seed(seed, "other") for seed in seeds]
@@ -371,8 +341,7 @@ class ReplacingSampler:
             token, logp = sample_token(own, top_p, own_u[row, step])
             measures = compare(*logps, token) | {"random": random_u[row, step]}
             fires = score(self.writer, self.criterion, measures) >= self.threshold
-            extrapolated = other + gamma * (other - own)
-            new_token, new_logp = sample_token(extrapolated, top_p, other_u[row, step])
+            new_token, new_logp = sample_token(other, top_p, other_u[row, step])
             token = torch.where(fires, new_token, token)
             logp = torch.where(fires, new_logp, logp)
             columns = (row.tolist(), token.tolist(), logp.tolist(), fires.tolist())
@@ -413,7 +382,7 @@ def replace_tokens(problems: list[Problem], written: Written, cfg: TokensConfig)
     pair = {"base": fipo.Policy(cfg.base, cfg), "trained": fipo.Policy(cfg.trained, cfg)}
     rows = []
     for writer, criterion, threshold in progress(list(rules(written)), desc="replace"):
-        sampler = ReplacingSampler(pair, writer, criterion, threshold, cfg.extrapolate)
+        sampler = ReplacingSampler(pair, writer, criterion, threshold)
         responses = write(sampler, writer, problems, cfg)
         fractions = []
         accuracies = []
@@ -458,31 +427,37 @@ def fraction_needed(
 
 
 def draw_replacement(rows: list[Row], accuracy: dict[str, float], path: Path) -> None:
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, writer, other in zip(panels, accuracy, reversed(accuracy)):
-        for i, (criterion, name) in enumerate(CRITERIA.items()):
-            x, y, spread = zip(*curve(rows, writer, criterion, accuracy[writer]))
-            if len(x) > 1:
-                # Dashed, because it mostly coincides with the curve of Δlog p.
-                line = "--" if criterion == "extrapolated" else "-"
-                marker = "os^Dx"[i] + line
-                axes.errorbar(x, y, spread, label=name, color=f"C{i}", fmt=marker, ms=4, capsize=2)
+        for marker, (criterion, name) in zip("os^D", CRITERIA.items()):
+            points = 100 * torch.tensor(curve(rows, writer, criterion, accuracy[writer]))
+            axes.errorbar(*points.T, label=name, marker=marker, ms=4, capsize=2)
         for who, level in accuracy.items():
-            axes.axhline(level, color="0.5", ls="--", lw=1)
-            place = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom")
-            axes.annotate(f"{who} alone", (1, level), **place)
-        title = f"the {writer} model writes, tokens come from the {other} model"
-        axes.set(title=title, xlabel="fraction replaced", ylabel="accuracy")
+            axes.axhline(100 * level, color="0.5", ls="--")
+            transform = axes.get_yaxis_transform()
+            axes.text(1.02, 100 * level, f"{who}\nalone", transform=transform, va="center")
+        title = f"The {writer} model writes,\ntokens come from the {other} model"
+        axes.set(title=title, xlabel="tokens replaced, %", ylim=(0, 106))
         axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy, %")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(CRITERIA))
-    figure.savefig(path, dpi=130)
+    title = (
+        "A curve folds back where the replacements make responses longer,\n"
+        "so that the replaced tokens are a smaller share of them."
+    )
+    figure.legend(*handles, loc="outside lower center", ncols=len(CRITERIA), title=title)
+    figure.savefig(path, dpi=160)
 
 
 # ---------------------------------------------------------------------------------- The token map
-VIEWS = {"delta_logp": "Δlog p", "F": "F", "f": "f"}
-NEUTRAL = {"delta_logp": 0.0, "F": 0.0, "f": 1.0}
+VIEWS = {"delta_logp": "Δ(RL − base)", "delta": "Δ", "F": "F", "f": "f"}
+# The views of token_map.png.
+PANELS = {
+    "delta": "Δ: how much more likely the token has become (log π_θ − log π_old)",
+    "F": "F: Δ summed from the end, with decay; the framed token's Δ carries back",
+    "f": "f: the factor by which the token's advantage is multiplied",
+}
 MAX_TOKENS = 2000  # of a response in the token map; more would slow the browser down
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Token map</title><style>
 body { font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
@@ -500,9 +475,10 @@ body:has(#{{ view }}:checked) i {
   background: var(--{{ view }}); border-bottom-style: var(--{{ view }}-line) }
 #{{ view }}:checked ~ .{{ view }} { display: block }
 {% endfor -%}
-</style><h2>Which tokens did RL change?</h2><div>Δlog p = log π_RL − log π_base. {{ note }}
-A token is underlined if its value is above the neutral value, with dots if it is below. Each view
-has its own scale. Point at a token to see its values.</div>
+</style><h2>Which tokens did RL change?</h2><div>Δ(RL − base) = log π_RL − log π_base.
+Δ, F and f are those of the last update in training, of responses that it trained on. A token is
+underlined if its value is above the neutral value, with dots if it is below. Each view has its own
+scale. Point at a token to see its values.</div>
 <header>Colour by
 {%- for view, name in views.items() %}
 <input type="radio" name="view" id="{{ view }}"{% if loop.first %} checked{% endif %}>
@@ -510,10 +486,10 @@ has its own scale. Point at a token to see its values.</div>
 {%- endfor %}
 {%- for view, scale in scales.items() %}
 <div class="legend {{ view }}">{{ views[view] }}: {% for value, place in scale.ends.items() -%}
-<b style="background:{{ shade(place) }}">{{ value }}</b>{% endfor %}</div>
+<b style="background:{{ shade(place) }}">{{ "%.3g" | format(value) }}</b>{% endfor %}</div>
 {%- endfor %}</header>
 {%- for row in rows %}
-<h3>{{ row.caption }}</h3><p class="prompt">{{ row.prompt.strip() }}</p><p>
+<h3>{{ row.caption }}, {{ row.verdict }}</h3><p class="prompt">{{ row.prompt.strip() }}</p><p>
 {%- for token in row.tokens -%}
 {%- set i = loop.index0 -%}
 <i style="
@@ -563,27 +539,33 @@ def underline(place: float) -> str:
     return "solid" if place > 0 else "dotted"
 
 
+COLOURS = ListedColormap([shade(percent / 100) for percent in range(-100, 101)])
+
+
 class Scale:
     """Maps the values of a view to places between −1 and 1, with the neutral value at 0.
 
-    `ends` holds the places of the smallest, the neutral and the largest value.
+    `ends` holds the places of the smallest, the neutral and the largest value, in this order. A
+    smallest or largest value next to the neutral one is left out.
     """
 
     def __init__(self, rows: list[Row], view: str) -> None:
-        self.neutral = NEUTRAL[view]
+        self.neutral = 1.0 if view == "f" else 0.0
         values = [self.neutral]
         for row in rows:
             values += row.get(view, [])
         # Values within 0.01 of the neutral one are negligible, so they must stay near white.
         self.largest = max(0.01, max(values) - self.neutral, self.neutral - min(values))
-        ends = sorted([min(values), self.neutral, max(values)])
-        self.ends = {f"{value:.3g}": self.place(value) for value in ends}
+        self.ends = {}
+        for value in (min(values), self.neutral, max(values)):
+            if value == self.neutral or abs(self.place(value)) >= 0.01:
+                self.ends[value] = self.place(value)
 
     def place(self, value: float) -> float:
         return (value - self.neutral) / self.largest
 
 
-def token_map(rows: list[Row], note: str) -> str:
+def token_map(rows: list[Row]) -> str:
     """Return an HTML page of responses, each with a caption, a prompt, tokens and VIEWS.
 
     The page needs no script: CSS switches between the views.
@@ -591,7 +573,7 @@ def token_map(rows: list[Row], note: str) -> str:
     template = jinja2.Template(PAGE, autoescape=True)
     scales = {view: Scale(rows, view) for view in VIEWS}
     functions = dict(repr=repr, shade=shade, underline=underline, visible=visible)
-    return template.render(rows=rows, note=note, views=VIEWS, scales=scales, **functions)
+    return template.render(rows=rows, views=VIEWS, scales=scales, **functions)
 
 
 def lay_out(tokens: list[str], columns: int, max_lines: int) -> list[tuple[str, int, int]]:
@@ -613,33 +595,51 @@ def lay_out(tokens: list[str], columns: int, max_lines: int) -> list[tuple[str, 
     return placed
 
 
-def draw_token_map(row: Row, path: Path, columns: int = 90, max_lines: int = 10) -> None:
-    """Draw the first lines of one response of the token map, once for each view."""
-    placed = lay_out(row["tokens"], columns, max_lines)
-    lines = 1 + max(line for _, _, line in placed)
+def draw_token_map(row: Row, path: Path) -> None:
+    """Draw the first lines of one response of the token map, with a panel for each of PANELS.
+
+    A frame marks the token at which F changes most. An arrow leads from it to the tokens before it,
+    to which F carries this change back.
+    """
+    placed = lay_out(row["tokens"], columns=90, max_lines=10)
+    lines = placed[-1][2] + 1
     width = max(column + len(text) for text, column, _ in placed)
-    size = (max(0.11 * width, 6), (0.28 * lines + 0.4) * len(VIEWS))
-    figure = Figure(figsize=size, layout="constrained")
-    title = [row["caption"]]
-    prompt = row["prompt"].strip()
-    if len(prompt) <= 60 and "\n" not in prompt:
-        title.insert(0, prompt)
+    F = [*row["F"], 0.0]
+    source = max(range(len(placed)), key=lambda i: abs(F[i] - F[i + 1]) if i else 0.0)
+    title = f"{row['question']}\n{row['verdict']}"
     if len(placed) < len(row["tokens"]):
-        title.append(f"({len(row['tokens']) - len(placed)} more tokens)")
-    figure.suptitle("   ".join(title), fontsize="medium", parse_math=False)
-    for axes, view in zip(figure.subplots(len(VIEWS)), VIEWS):
+        title += f" ({len(row['tokens']) - len(placed)} more tokens)"
+    size = (max(0.11 * width, 6), (0.34 * lines + 0.35) * len(PANELS) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    panels = figure.subplots(len(PANELS), 2, width_ratios=(60, 1))
+    for (axes, bar), (view, name) in zip(panels, PANELS.items()):
+        # 1) The tokens, and in the panel of F an arrow under those that the change reaches.
         scale = Scale([row], view)
-        for (text, column, line), value in zip(placed, row[view]):
+        for i, ((text, column, line), value) in enumerate(zip(placed, row[view])):
+            frame = (
+                dict(ec="black", lw=1.5, zorder=2) if i == source > 0 else dict(ec="0.85", lw=0.5)
+            )
             colour = shade(scale.place(value))
-            axes.barh(line, len(text), 0.9, column, align="edge", fc=colour, ec="0.85", lw=0.5)
-            centre = (column + len(text) / 2, line + 0.5)
+            axes.barh(line, len(text), 0.7, column, align="edge", fc=colour, **frame)
+            centre = (column + len(text) / 2, line + 0.37)
             font = dict(family="monospace", ha="center", va="center", parse_math=False)
             axes.text(*centre, text, **font)
-        colours = []
-        for end, place in scale.ends.items():
-            colour = "orange" if place > 0 else "blue"
-            colours.append(f"{colour if abs(place) >= 0.01 else 'white'} {end}")
-        axes.set_title(f"{VIEWS[view]}: {', '.join(colours)}", loc="left", fontsize="small")
+            if view == "F" and i < source:
+                style = dict(arrowstyle="-" if column else "->", shrinkA=0, shrinkB=0)
+                start = (column + len(text), line + 0.85)
+                axes.annotate("", (column, line + 0.85), start, arrowprops=style)
+        # 2) The scale.
+        if len(scale.ends) > 1:
+            norm = CenteredNorm(scale.neutral, scale.largest)
+            figure.colorbar(ScalarMappable(norm, COLOURS), cax=bar)
+            bar.set_ylim(min(scale.ends), max(scale.ends))  # the values that occur
+            bar.locator_params(nbins=3)
+        else:
+            bar.axis("off")
+            if min(F) < -0.01 and max(F) < 0.01:
+                name += " (F < 0 → f = 1, as DAPO)"
+        axes.set_title(name, loc="left", fontsize="small")
         axes.set(xlim=(-0.1, width + 0.1), ylim=(lines, -0.1))
         axes.axis("off")
     with warnings.catch_warnings():
@@ -649,17 +649,18 @@ def draw_token_map(row: Row, path: Path, columns: int = 90, max_lines: int = 10)
 
 
 def add_weights(r: Response, delta_logp: Tensor, advantage: float, **settings: Any) -> None:
-    """Add F and f of a response to its measures, as the loss computes them."""
+    """Add Δ, F and f of a response to its measures, as the loss computes them."""
     delta = delta_logp.clamp(-20.0, 20.0)[None]  # [1, T]
     mask = torch.ones_like(delta).bool()
     F, f = fipo.influence_weight(delta, torch.tensor([[advantage]]), mask, **settings)
-    r.measures |= {"F": F[0], "f": f[0]}
+    r.measures |= {"delta": delta[0], "F": F[0], "f": f[0]}
 
 
 def last_update_of(trained: str) -> list[Response]:
-    """Return the responses that a run logged for the last update before a checkpoint, with F and f.
+    """Return the responses that a run logged for the last update before a checkpoint.
 
-    There are none if `trained` is not a checkpoint of a run with logs.
+    They have Δ, F and f of this update. There are none if `trained` is not a checkpoint of a run
+    with logs.
     """
     checkpoint = Path(trained).resolve()
     run = checkpoint.parent.parent
@@ -681,40 +682,49 @@ def last_update_of(trained: str) -> list[Response]:
             # Log-probs are logged only for responses that rank 0 trained on.
             if row["kind"] != "train" or row["step"] != state["step"] or "logp" not in row:
                 continue
-            problem = Problem("", "", row["prompt_ids"])
-            r = Response(problem, array("i", row["response_ids"]), correct=row["correct"])
+            problem = Problem(row["prompt"], row["answer"], row["prompt_ids"])
+            ids = array("i", row["response_ids"])
+            r = Response(problem, ids, text=row["response"], correct=row["correct"])
             delta_logp = torch.tensor(row["logp"]) - torch.tensor(row["old_logp"])
             add_weights(r, delta_logp, row["advantage"], **settings)
             responses.append(r)
     return responses
 
 
-def choose_for_map(
-    written: Written, updated: list[Response], tokenizer: Any
-) -> tuple[list[Row], str]:
-    """Return the rows of the token map, and a note that says where F and f come from.
+def question(problem: Problem) -> str:
+    """Return the last line of a prompt, without the instructions that fipo.py adds to it."""
+    prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    before, after = fipo.QUESTION.split("{question}")
+    lines = prompt.removeprefix(before).removesuffix(after).strip().split("\n")
+    return textwrap.shorten(lines[-1], 70)
 
-    The rows are three responses of the base model, and those of the last update if the run logged
-    any, or else three of the trained model.
+
+def verdict(r: Response) -> str:
+    if r.correct:
+        return "right"
+    answered = fipo.extract_answer(r.text) or 'nothing after "Answer:"'
+    return textwrap.shorten(f"wrong: answered {answered}, right is {r.problem.answer}", 70)
+
+
+def choose_for_map(written: Written, updated: list[Response], tokenizer: Any) -> list[Row]:
+    """Return the rows of the token map: responses of the last update, then three of each model.
+
+    The first is the one with the largest |F|.
     """
-    chosen = [("written by the base model", r) for r in written["base"][:3]]
-    if updated:
-        note = "F and f are those of the last update in training, of the responses it trained on."
-        # Late in a run, many responses are identical.
-        distinct = {(*r.problem.prompt_ids, *r.response_ids): r for r in updated}
-        chosen += [("trained on in the last update", r) for r in distinct.values()]
-    else:
-        note = "The run logged no update: F and f are computed as if all of training had been one."
-        chosen += [("written by the trained model", r) for r in written["trained"][:3]]
-        for _, r in chosen:
-            add_weights(r, r.measures["delta_logp"], 1.0 if r.correct else -1.0)
+    # Late in a run, many responses are identical.
+    distinct = {(*r.problem.prompt_ids, *r.response_ids): r for r in updated}
+    by_influence = sorted(distinct.values(), key=lambda r: -r.measures["F"].abs().max())
+    chosen = [("trained on in the last update", r) for r in by_influence]
+    for who, responses in written.items():
+        chosen += [(f"written by the {who} model", r) for r in responses[:3]]
     rows = []
     for title, r in chosen:
-        caption = f"{title}: {'right' if r.correct else 'wrong'}"
         if len(r.response_ids) > MAX_TOKENS:
-            caption += f" (the first {MAX_TOKENS} of {len(r.response_ids)} tokens)"
+            title += f" (the first {MAX_TOKENS} of {len(r.response_ids)} tokens)"
         row = {
-            "caption": caption,
+            "caption": title,
+            "question": question(r.problem),
+            "verdict": verdict(r),
             "prompt": tokenizer.decode(r.problem.prompt_ids),
             "tokens": list(token_texts(list(r.response_ids[:MAX_TOKENS]), tokenizer)),
         }
@@ -722,7 +732,7 @@ def choose_for_map(
             if view in r.measures:
                 row[view] = r.measures[view][:MAX_TOKENS].tolist()
         rows.append(row)
-    return rows, note
+    return rows
 
 
 # ------------------------------------------------------------------------------------ The command
@@ -753,14 +763,12 @@ def run_tokens(cfg: TokensConfig) -> None:
     metrics = {"settings": asdict(cfg)}
     for who, responses in written.items():
         metrics[who] = summarize(who, responses, tokenizer, tolerance)
-    map_rows, note = choose_for_map(written, updated, tokenizer)
+    map_rows = choose_for_map(written, updated, tokenizer)
     metrics["token_map"] = map_rows
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    (out / "token_map.html").write_text(token_map(map_rows, note), encoding="utf-8")
-    with_weights = [row for row in map_rows if "F" in row]
-    most_influenced = max(with_weights, key=lambda row: max(map(abs, row["F"])))
-    draw_token_map(most_influenced, out / "token_map.png")
-    draw_histograms(written, out / "histograms.png")
+    (out / "token_map.html").write_text(token_map(map_rows), encoding="utf-8")
+    if updated:
+        draw_token_map(map_rows[0], out / "token_map.png")
 
     # 3) Token replacement, with both models in memory.
     if cfg.replacement:

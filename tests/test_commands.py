@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, flags, read_jsonl, write_jsonl
+from matplotlib.figure import Figure
 
 import fipo
 import tokens
@@ -304,8 +306,9 @@ def test_vllm_can_use_the_progress_bar(capsys):
 
 # ----------------------------------------------------------------------------------- train_small.py
 
-FIRST_FILES = {"checkpoints", "config.json", "curves.png", "metrics.jsonl", "problems"}
-TOKEN_FILES = {"histograms.png", "metrics.json", "replacement.png", "token_map.html"}
+PICTURES = {"curves.png", "influence.png"}
+FIRST_FILES = {"checkpoints", "config.json", "metrics.jsonl", "problems", *PICTURES}
+TOKEN_FILES = {"metrics.json", "replacement.png", "token_map.html"}
 QUICK = """--pretrain_steps 30 --problems 32 --group_size 8 --prompts_per_batch 2
 --prompts_per_mini_batch 1 --max_response 32 --dynamic_sampling false --eval_every 2
 --save_every 1""".split()
@@ -359,7 +362,64 @@ def test_train_small_trains_resumes_and_studies_tokens(tmp_path, monkeypatch, ca
     assert "Which tokens did RL change?" in output
     assert "tokens to replace" in output
     assert file_names(out / "tokens") == TOKEN_FILES | {"token_map.png"}
+
+    # 4) Resumed again, a finished run draws its pictures again, here beside itself.
+    (out / "curves.png").unlink()
+    words += ["--steps", "2", "--resume", "--study_seeds", "0"]
+    train_small.main([*words, "--compare", str(out)])
+    assert (out / "curves.png").exists()
     shutil.rmtree(out)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a test draws; none is saved."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    return drawn
+
+
+LINES = [
+    {"step": 0, "eval/accuracy": 0.25, "eval/response_length": 16},
+    {"step": 1, "accuracy": 0.5, "response_length/mean": 20}
+    | {"influence_mean": 1.01, "influence_last": 0.97},
+    {"step": 2, "accuracy": 0.75, "response_length/mean": 30}
+    | {"influence_mean": 1.002, "influence_last": 1.004}
+    | {"eval/accuracy": 1.0, "eval/response_length": 40},
+]
+
+
+def test_curves_are_solid_for_the_run_and_dashed_for_the_other_one(tmp_path, figures):
+    for algorithm in ("fipo", "dapo"):
+        run = tmp_path / algorithm
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"algorithm": algorithm, "seed": 3}))
+        write_jsonl(run / "metrics.jsonl", LINES)
+    train_small.plot_curves([tmp_path / "fipo", tmp_path / "dapo"], tmp_path / "curves.png")
+    accuracy, length = figures[0].axes
+    styles = {line.get_label(): line.get_linestyle() for line in accuracy.lines}
+    assert styles == {
+        "FIPO, seed 3, rollouts": "-",
+        "FIPO, seed 3, held out": "-",
+        "DAPO, seed 3, rollouts": "--",
+        "DAPO, seed 3, held out": "--",
+    }
+    rollouts, held_out, *_ = accuracy.lines
+    assert rollouts.get_xydata().tolist() == [[1, 50], [2, 75]]
+    assert held_out.get_xydata().tolist() == [[0, 25], [2, 100]]
+    assert length.lines[1].get_xydata().tolist() == [[0, 16], [2, 40]]
+
+
+def test_title_says_how_far_f_is_from_1(tmp_path, figures):
+    train_small.plot_influence(LINES, tmp_path / "influence.png")
+    assert figures[0].axes[0].get_title() == "Mean f differs from 1 by 0.2 to 3.0 %"
+
+
+def test_a_folder_to_compare_with_must_hold_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--compare .* has no metrics.jsonl"):
+        train_small.main(["--out", str(tmp_path / "run"), "--compare", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_token_study_of_a_run_uses_float32(tmp_path, monkeypatch):
@@ -413,7 +473,7 @@ def test_the_help_of_train_small_fits_a_screen_and_names_existing_settings(capsy
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 90
     names = re.findall(r"^  --(\w+)", text, re.M)
-    assert len(names) == 8
+    assert len(names) == 9
     assert set(names) <= set(vars(train_small.parser().parse_args([])))
 
 

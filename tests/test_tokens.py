@@ -114,11 +114,9 @@ def test_measures_match_their_formulas():
     for n in range(5):
         q = base[n].double().softmax(-1).tolist()
         p = trained[n].double().softmax(-1).tolist()
-        m = [(a + b) / 2 for a, b in zip(p, q)]
         expected = {
             "delta_logp": math.log(p[token[n]] / q[token[n]]),
             "kl": kl_by_hand(p, q),
-            "js": (kl_by_hand(p, m) + kl_by_hand(q, m)) / 2,
             "entropy_base": entropy_by_hand(q),
             "entropy_trained": entropy_by_hand(p),
             "base": math.log(q[token[n]]),
@@ -132,7 +130,7 @@ def test_measures_match_their_formulas():
 def test_measures_of_equal_models_are_zero():
     logp = torch.randn(4, 9).log_softmax(-1)
     found = compare(logp, logp, torch.zeros(4).long())
-    for name in ("delta_logp", "kl", "js"):
+    for name in ("delta_logp", "kl"):
         assert found[name].abs().max() < 1e-6
 
 
@@ -196,17 +194,17 @@ def test_summarize_rejects_a_model_that_scales_its_logits(pair, alone):
 def test_infinite_thresholds_leave_one_model_alone(
     pair, problems, alone, alone_as_other, writer, other, criterion
 ):
-    never = generate(ReplacingSampler(pair, writer, criterion, math.inf, 0.0), problems)
+    never = generate(ReplacingSampler(pair, writer, criterion, math.inf), problems)
     assert ids(never) == ids(alone[writer])
     assert not any(r.replaced for r in never)
-    always = generate(ReplacingSampler(pair, writer, criterion, -math.inf, 0.0), problems)
+    always = generate(ReplacingSampler(pair, writer, criterion, -math.inf), problems)
     assert ids(always) == ids(alone_as_other[other])
     assert all(r.replaced == len(r.response_ids) for r in always)
     assert ids(never) != ids(always)
 
 
 def test_random_criterion_replaces_where_its_random_number_is_high(pair, problems):
-    responses = generate(ReplacingSampler(pair, "base", "random", 0.7, 0.0), problems)
+    responses = generate(ReplacingSampler(pair, "base", "random", 0.7), problems)
     numbers = []
     for seed in SEEDS:
         generator = torch.Generator().manual_seed(derive_seed(seed, "random"))
@@ -218,7 +216,7 @@ def test_random_criterion_replaces_where_its_random_number_is_high(pair, problem
 
 
 def test_replacement_does_not_depend_on_the_rest_of_the_batch(pair, problems):
-    sampler = ReplacingSampler(pair, "base", "random", 0.5, 0.0)
+    sampler = ReplacingSampler(pair, "base", "random", 0.5)
     together = generate(sampler, problems)
     for i, problem in enumerate(problems):
         group = generate(sampler, [problem], [SEEDS[i]])
@@ -231,7 +229,7 @@ def test_delta_logp_replaces_tokens_that_the_other_model_likes_less(
 ):
     """Up to the first token that fires, a response is the writer's own."""
     threshold = 0.05
-    sampler = ReplacingSampler(pair, writer, "delta_logp", threshold, 0.0)
+    sampler = ReplacingSampler(pair, writer, "delta_logp", threshold)
     responses = generate(sampler, problems)
     changed = 0
     for own, new in zip(alone[writer], responses):
@@ -243,20 +241,6 @@ def test_delta_logp_replaces_tokens_that_the_other_model_likes_less(
         assert any(fires) or new_ids == own_ids
         changed += new_ids != own_ids
     assert changed, "a token must be replaced for this test"
-
-
-def test_extrapolated_tokens_come_from_beyond_the_trained_model(pair, problems):
-    """The distribution is softmax((1 + γ) log π_RL − γ log π_base), here at every token."""
-    sampler = ReplacingSampler(pair, "base", "extrapolated", -math.inf, 0.5)
-    for r in generate(sampler, problems):
-        base = logp_of(pair["base"], r)
-        trained = logp_of(pair["trained"], r)
-        beyond = (1.5 * trained - 0.5 * base).log_softmax(-1)
-        token = torch.tensor(list(r.response_ids))
-        expected = beyond.gather(1, token[:, None])[:, 0]
-        sampled = torch.tensor(r.sampler_logp)
-        torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=1e-4)
-    assert (beyond - trained).abs().max() > 1e-3
 
 
 FRACTIONS = (0.01, 0.08, 0.3)  # fewer than in tokens.py, to save time
@@ -296,7 +280,7 @@ def test_thresholds_of_a_curve_fall_from_rare_replacement_to_frequent(metrics):
     curves = {}
     for row in metrics["replacement"]:
         curves.setdefault((row["writer"], row["criterion"]), []).append(row)
-    assert len(curves) == 9
+    assert len(curves) == 8
     for rows in curves.values():
         thresholds = [row["threshold"] for row in rows]
         assert thresholds == sorted(thresholds, reverse=True)
@@ -317,7 +301,7 @@ def test_rows_of_replacement_match_a_run_with_their_threshold(study, metrics, pa
     kl_rows = [row for row in metrics["replacement"] if row["criterion"] == "kl"]
     row = kl_rows[0]
     assert row["writer"] == "base"
-    sampler = ReplacingSampler(pair, "base", "kl", row["threshold"], 0.0)
+    sampler = ReplacingSampler(pair, "base", "kl", row["threshold"])
     responses = generate(sampler, problems, seeds_of("base", study, problems))
     tokenizer = pair["base"].tokenizer
     for j in range(study.seeds):
@@ -379,25 +363,27 @@ def test_token_map_is_a_page_without_scripts_or_links():
     odd = ['<b>"', "&amp;", "\n", "é", "'"]
     updated = {
         "caption": "a <caption>",
+        "verdict": "a <verdict>",
         "prompt": "p & q",
         "tokens": odd,
         "delta_logp": [-2.0, 0, 1, 0.5, 1e-9],
+        "delta": [0.2, -0.1, 0, 0, 0],
         "F": [0.1, -0.1, 0, 0, 0],
         "f": [1.2, 1, 1, 1, 1],
     }
-    other = {"caption": "no update", "prompt": "p", "tokens": ["x"], "delta_logp": [4.0]}
-    html = tokens.token_map([updated, other], "A <note>.")
+    other = {"caption": "", "verdict": "", "prompt": "", "tokens": ["x"], "delta_logp": [4.0]}
+    html = tokens.token_map([updated, other])
     page = Page(html)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert "://" not in html
     assert "url(" not in html
-    assert page.tags.count("input") == 3
-    for text in ("a <caption>", "p & q", "A <note>.", "".join(odd).replace("\n", "⏎\n")):
+    assert page.tags.count("input") == 4
+    for text in ("a <caption>, a <verdict>", "p & q", "".join(odd).replace("\n", "⏎\n")):
         assert text in page.text
     first = page.tokens[0]
     last = page.tokens[-1]
-    assert first["title"] == f"{odd[0]!r}: Δlog p -2, F 0.1, f 1.2"
-    assert last["title"] == "'x': Δlog p 4"
+    assert first["title"] == f"{odd[0]!r}: Δ(RL − base) -2, Δ 0.2, F 0.1, f 1.2"
+    assert last["title"] == "'x': Δ(RL − base) 4"
     assert "--delta_logp-line:dotted" in first["style"]
     assert "--delta_logp-line:solid" in last["style"]
     assert f"--delta_logp:{tokens.shade(-0.5)}" in first["style"]
@@ -431,7 +417,9 @@ def test_scale_leaves_negligible_values_white():
     assert max(abs(scale.place(value)) for value in (1e-6, -5e-6, 0.0)) < 0.01
     scale = tokens.Scale([{"F": [0.5, -0.25]}], "F")
     assert [scale.place(0.5), scale.place(-0.25)] == [1.0, -0.5]
-    assert scale.ends == {"-0.25": -0.5, "0": 0.0, "0.5": 1.0}
+    assert scale.ends == {-0.25: -0.5, 0.0: 0.0, 0.5: 1.0}
+    scale = tokens.Scale([{"f": [1.2, 1.000001]}], "f")
+    assert list(scale.ends) == [1.0, 1.2]
 
 
 def test_white_space_is_made_visible():
@@ -441,19 +429,19 @@ def test_white_space_is_made_visible():
 
 def test_long_responses_are_cut_in_the_map(reader):
     n = tokens.MAX_TOKENS + 5
-    measures = {"delta_logp": torch.zeros(n)}
+    measures = {name: torch.zeros(n) for name in tokens.VIEWS}
     r = Response(fipo.Problem("", "", [40]), array("i", [66] * n), measures=measures)
-    written = {"base": [r], "trained": [r]}
-    rows, _ = tokens.choose_for_map(written, [], AutoTokenizer.from_pretrained(reader))
+    rows = tokens.choose_for_map({"base": [r]}, [r], AutoTokenizer.from_pretrained(reader))
+    assert len(rows) == 2
     for row in rows:
         assert f"first {tokens.MAX_TOKENS} of {n}" in row["caption"]
-        for name in ("tokens", "delta_logp", "F", "f"):
+        for name in ("tokens", *tokens.VIEWS):
             assert len(row[name]) == tokens.MAX_TOKENS
 
 
 def test_picture_shows_part_of_a_long_response_without_warnings(tmp_path):
     """Its text includes what matplotlib would read as mathematics, and a glyph its font lacks."""
-    row = {"caption": "right", "prompt": "$x^"}
+    row = {"question": "$x^", "verdict": "wrong: answered $"}
     row["tokens"] = ["$$", "word ", "\\frac", "思", "\n"] * 60
     for view in tokens.VIEWS:
         row[view] = [1.0, 0.5, 1.1, 1.0, 1.0] * 60
@@ -463,6 +451,33 @@ def test_picture_shows_part_of_a_long_response_without_warnings(tmp_path):
     height, width, _ = matplotlib.image.imread(tmp_path / "map.png").shape
     assert 500 < width < 2000
     assert 500 < height < 2000
+
+
+@pytest.mark.parametrize("F", [[-2.0, -3.0, 0.0], [0.5, 0.6, 0.0], [0.0, 0.0, 0.0]])
+def test_picture_marks_the_token_that_carries_back(tmp_path, monkeypatch, F):
+    """An arrow lies under the tokens before it. Where F < 0, a note says that f is 1."""
+    row = {"question": "q", "verdict": "right", "tokens": ["a", "b", "c"]}
+    row |= {"delta": [0.0, F[1], 0.0], "F": F, "f": [max(1.0, min(1.2, 1 + x)) for x in F]}
+    figures = []
+    monkeypatch.setattr(tokens.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    tokens.draw_token_map(row, tmp_path / "map.png")
+    delta_panel, _, F_panel, _, f_panel, _ = figures[0].axes
+    is_framed = [bar.get_edgecolor()[:3] == (0, 0, 0) for bar in delta_panel.patches]
+    assert is_framed == [False, F[1] != 0, False]
+    arrows = [text.xy for text in F_panel.texts if not text.get_text()]
+    assert arrows == ([(0, 0.85)] if F[1] else [])
+    note = "F < 0 → f = 1" in f_panel.get_title(loc="left")
+    assert note == (F[1] < 0)
+
+
+def test_title_of_the_picture_has_the_question_and_the_answers():
+    added = fipo.Problem(fipo.QUESTION.format(question="A story.\nHow many?"), "19")
+    chat = fipo.Problem([{"role": "user", "content": "1+2=?\n"}], "3")
+    assert [tokens.question(problem) for problem in (added, chat)] == ["How many?", "1+2=?"]
+    r = Response(added, text="so\nAnswer: 20")
+    assert tokens.verdict(r) == "wrong: answered 20, right is 19"
+    assert "answered nothing" in tokens.verdict(replace(r, text="20"))
+    assert tokens.verdict(replace(r, correct=True)) == "right"
 
 
 # ------------------------------------------------------------------------------------- F and f
@@ -488,6 +503,9 @@ def test_F_and_f_of_the_last_update_match_the_definition(tmp_path):
     delta[10] = -30.0  # clamped to −20
     other_rank = {"step": 7, "kind": "train", "correct": False}
     row = other_rank | {
+        "prompt": "p",
+        "answer": "a",
+        "response": "r",
         "prompt_ids": [1],
         "response_ids": list(range(12)),
         "advantage": -1.0,
@@ -516,6 +534,8 @@ def test_F_and_f_of_the_last_update_match_the_definition(tmp_path):
     f = [min(max(math.exp(x), 0.8), 1.2) for x in F]
     safe_f = [min(x, 1.0) if d > math.log(3) else x for x, d in zip(f, delta.tolist())]
     for r in (worse, better):
+        clamped = [max(d, -20.0) for d in delta.tolist()]
+        assert r.measures["delta"].tolist() == pytest.approx(clamped, abs=1e-5)
         assert r.measures["F"].tolist() == pytest.approx(F, abs=1e-5)
     assert better.measures["f"].tolist() == pytest.approx(f, abs=1e-5)
     assert worse.measures["f"].tolist() == pytest.approx(safe_f, abs=1e-5)
@@ -569,7 +589,6 @@ def test_command_writes_numbers_pictures_and_a_map(study, metrics):
     files = {path.name: path for path in Path(study.out).iterdir()}
     assert set(files) == {
         "metrics.json",
-        "histograms.png",
         "replacement.png",
         "token_map.html",
         "token_map.png",
@@ -600,20 +619,21 @@ def test_help_runs_from_any_folder_and_lists_the_settings(monkeypatch, capsys):
     shown = capsys.readouterr().out
     for field in fields(TokensConfig):
         assert f"--{field.name}" in shown
-    assert "Δlog p" in shown
+    assert "Δ(RL − base)" in shown
 
 
-def test_models_without_a_run_are_compared_without_its_last_update(cfg, trained, tmp_path, capsys):
-    """F and f then take the base model for π_old, and the map says so."""
+def test_the_map_of_models_without_a_run_has_no_update(cfg, trained, tmp_path, capsys):
     plain = tmp_path / "plain"
     shutil.copytree(trained, plain, ignore=shutil.ignore_patterns("state.json"))
     out = tmp_path / "out"
     cfg = replace(cfg, trained=str(plain), out=str(out), problems=2, replacement=False)
     tokens.main(flags(cfg))
-    assert "The run logged no update" in (out / "token_map.html").read_text()
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "token_map.html"}
     metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["token_map"]) == 6
     for row in metrics["token_map"]:
-        assert {"delta_logp", "F", "f"} <= set(row)
+        assert "delta_logp" in row
+        assert not {"delta", "F", "f"} & set(row)
     assert "replacement" not in metrics
     printed = capsys.readouterr().out
     assert "written by the base model: accuracy" in printed
@@ -651,7 +671,7 @@ def test_both_models_use_the_prompts_and_eos_of_the_trained_one(
     all_rules = tokens.rules
 
     def few_rules(written):
-        """Return the first rule of Δlog p, and a rule for each writer that never fires."""
+        """Return the first rule of delta_logp, and a rule for each writer that never fires."""
         alone.update(written)
         rules = [rule for rule in all_rules(written) if rule[:2] == ("base", "delta_logp")]
         never = [(writer, "delta_logp", math.inf) for writer in written]
@@ -690,7 +710,6 @@ def test_both_models_use_the_prompts_and_eos_of_the_trained_one(
         ("out", "", "--out is missing"),
         ("base", "no/where", "tokenizer of 'no/where'"),
         ("seeds", 0, "--seeds is 0"),
-        ("extrapolate", -1.0, "--extrapolate is -1"),
     ],
 )
 def test_wrong_settings_are_reported_in_one_sentence(cfg, tmp_path, setting, value, message):
