@@ -299,12 +299,17 @@ def draw(axis: Any, lines: list[dict[str, Any]], name: str, **style: Any) -> lis
     return values
 
 
+# The same colors as in the other pictures of this project.
+COLORS = {"fipo": "#D55E00", "dapo": "#0072B2", "grpo": "#777777"}
+
+
 def plot_curves(runs: list[Path], path: Path) -> None:
     """Plot accuracy and response length of one run (solid) or two (the second dashed)."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), constrained_layout=True)
     accuracy, length = axes
-    for run, color, linestyle in zip(runs, ("C0", "C1"), ("-", "--")):
+    for run, linestyle in zip(runs, ("-", "--")):
         config = json.loads((run / "config.json").read_text())
+        color = COLORS[config["algorithm"]]
         name = f"{config['algorithm'].upper()}, seed {config['seed']}"
         lines = read_jsonl(run / "metrics.jsonl")
         rollouts: dict[str, Any] = {"color": color, "linestyle": linestyle}

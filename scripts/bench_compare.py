@@ -366,7 +366,7 @@ def draw_differences(runs: pandas.DataFrame, path: Path) -> None:
     axes.invert_yaxis()  # of both panels
     figure.suptitle("FIPO and DAPO tie, GRPO is behind", fontweight="bold")
     figure.supxlabel(
-        "difference to DAPO with the same seed, percentage points\n"
+        "difference from DAPO with the same seed, percentage points\n"
         "(bars: mean and 95 % interval; small dots: the seeds)",
         fontsize="medium",
     )

@@ -577,7 +577,7 @@ ARM_STYLES = {
     "fipo-wide": ("FIPO, f in [0.5, 2]", FIPO_COLOR),
     "oracle": ("oracle, f in [1, 1.2]", ORACLE_COLOR),
     "oracle-wide": ("oracle, f in [0.5, 2]", ORACLE_COLOR),
-    "values": ("ΔV in the place of A", "#cc79a7"),
+    "values": ("ΔV in place of A", "#cc79a7"),
 }
 HALF_STYLES = {
     "moved": ("largest |Δ|", HALF_COLOR),
@@ -669,7 +669,7 @@ def draw_gains(
 
 
 def draw_steps(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """The difference to DAPO in accuracy at every evaluation, paired by seed."""
+    """The difference from DAPO in accuracy at every evaluation, paired by seed."""
     curves = {}
     for arm, rows in runs[runs["part"] == "matters"].groupby("arm"):
         curves[arm] = 100 * rows.set_index("seed")["curve"].str.split(expand=True).astype(float)
