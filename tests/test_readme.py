@@ -17,7 +17,8 @@ import fipo
 import train_small
 
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", *(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.md"))]
+FOLDERS = (".", "scripts", "assignment")
+PAGES = [str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.md")]
 
 
 def blocks(language):
