@@ -168,7 +168,7 @@ def tensor(*rows: list[float]) -> Tensor:
 def advantage_cases() -> list[Case]:
     rewards = [
         tensor([1, 1, -1]),
-        tensor([-1.3, -1.3, -1.3]),  # whose mean in float32 is not −1.3
+        tensor([-1.3] * 6, [0.6] * 6, [-1.7] * 6),  # whose means in float32 are other numbers
         tensor([1, 1, -1, -1], [0.5, -1, -1, -1]),
         tensor([0.5, 0.5, 0.5 - 1e-3]),  # a std in the range of the epsilon
     ]
