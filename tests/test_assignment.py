@@ -195,7 +195,9 @@ WRONG = {
     "columns": (
         "group_advantages",
         "columns",
-        ("", "return (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-6)"),
+        ("dim=1", "dim=0"),
+        ("rewards.shape[1]", "rewards.shape[0]"),
+        ("rewards[:, :1]", "rewards[:1]"),
     ),
     "no std": ("group_advantages", "do not divide by the std", ("/ (variance.sqrt() + 1e-6)", "")),
     "variance": ("group_advantages", "by the variance", (".sqrt()", "")),
@@ -636,9 +638,11 @@ def test_future_kl_is_also_checked_where_its_speed_is(tmp_path, here):
 
 
 @pytest.mark.slow
-def test_training_with_the_functions_of_a_file_learns():
-    output = finished(launch([str(GRADE), str(FIPO), "7"]))
-    assert "the run learns" in output
+def test_command_gives_fipo_full_points_and_trains_with_a_students_functions(tmp_path):
+    training = launch([str(GRADE), str(student(tmp_path, **SOLUTION)), "7"])
+    grading = launch([str(GRADE), str(FIPO)])
+    assert finished(grading).splitlines()[-1] == "total 100 of 100 points"
+    assert "the run learns" in finished(training)
 
 
 # ---------------------------------------------------------------------------------- Wrong solutions
@@ -651,9 +655,7 @@ def test_mistake_is_named(mistake, tmp_path, here):
     assert words in sentence
 
 
-@pytest.mark.slow
-def test_command_gives_full_points_to_fipo_and_names_a_mistake_in_each_problem(tmp_path):
-    right = launch([str(GRADE), str(FIPO)])
+def test_command_names_a_mistake_in_each_problem(tmp_path, here, capsys):
     chosen = [
         "biased std",
         "not padded",
@@ -666,9 +668,8 @@ def test_command_gives_full_points_to_fipo_and_names_a_mistake_in_each_problem(t
     for mistake in chosen:
         name, _, *edits = WRONG[mistake]
         bodies[name] = edited(SOLUTION[name], *edits)
-    wrong = launch([str(GRADE), str(student(tmp_path, **bodies))])
-    assert finished(right).splitlines()[-1] == "total 100 of 100 points"
-    output = finished(wrong, status=1)
+    assert grade.main([str(student(tmp_path, **bodies))]) == 1
+    output = capsys.readouterr().out
     assert output.splitlines()[-1] == "total 0 of 100 points"
     text = " ".join(output.split())
     for mistake in chosen:
@@ -843,17 +844,15 @@ def test_hostile_file_is_one_sentence(what, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_printing_is_ignored_and_missing_points_give_status_1(tmp_path, capfd):
+def test_printing_is_ignored_and_missing_points_give_status_1(tmp_path):
     loud = "print('word ' * 100_000)\nraise ValueError('no')"
     path = student(tmp_path, group_advantages=loud)
-    assert grade.main([str(path), "1"]) == 1
-    output = capfd.readouterr()
-    problem, sentence, total = output.out.splitlines()
+    output = finished(launch([str(GRADE), str(path), "1"]), status=1)
+    problem, sentence, total = output.splitlines()
     assert problem.split() == ["problem", "1", "group_advantages", "0", "of", "10"]
     assert sentence.strip().startswith("ValueError in line")
     assert sentence.endswith("of student.py: no")
     assert total == "total 0 of 10 points"
-    assert output.err == ""
 
 
 def test_empty_file_gets_no_points(tmp_path, here, capsys):
