@@ -64,7 +64,8 @@ class WrongResult(Exception):
 
 
 # ------------------------------------------------------------------------------- Running a function
-def tiny_model() -> Qwen2ForCausalLM:
+@functools.cache
+def original_model() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=13,
@@ -78,6 +79,11 @@ def tiny_model() -> Qwen2ForCausalLM:
         initializer_range=0.5,
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+def tiny_model() -> Qwen2ForCausalLM:
+    """A copy, which is quicker than another model."""
+    return copy.deepcopy(original_model())
 
 
 class TinyPolicy:
@@ -733,7 +739,7 @@ def answers_of(path: Path, name: str, cases: list[Case]) -> list[Answer]:
     except BaseException as error:
         sentence = explain(error, path)
     if sentence:
-        return [{"error": sentence}]
+        return [{"error": sentence}] * len(cases)
     # The other functions are fipo.py's, so that a mistake costs the points of one problem.
     for other in POINTS:
         if other != name:
@@ -758,7 +764,7 @@ def child(path: Path, name: str, inputs: Path, results: Path) -> None:
 
 
 def call_student(path: Path, name: str, cases: list[Case]) -> list[Answer]:
-    """Return the answers to all cases from a process of its own, or only one, an error."""
+    """Return the answers to all cases, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.pt"
         results = Path(folder) / "results.pt"
@@ -772,11 +778,13 @@ def call_student(path: Path, name: str, cases: list[Case]) -> list[Answer]:
         except subprocess.TimeoutExpired:
             sentence = f"It was ended after {TIME_LIMIT} seconds: is there an endless loop?"
         finally:
-            # End also what it has started.
-            with contextlib.suppress(OSError):
+            process.kill()
+            # End also what it has started. Windows has no process groups.
+            with contextlib.suppress(OSError, AttributeError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return read_answers(results) or [{"error": sentence}]
+        answers = read_answers(results)
+    return answers if len(answers) == len(cases) else [{"error": sentence}] * len(cases)
 
 
 def read_answers(results: Path) -> list[Answer]:
@@ -785,7 +793,8 @@ def read_answers(results: Path) -> list[Answer]:
         answers = torch.load(results, weights_only=True)
     except Exception:
         return []
-    return answers if isinstance(answers, list) else []
+    is_written_by_child = isinstance(answers, list) and all(isinstance(a, dict) for a in answers)
+    return answers if is_written_by_child else []
 
 
 # ------------------------------------------------------------------------------------------ Grading

@@ -817,7 +817,7 @@ class Malicious:
 """
 WRITE = """
 import sys
-torch.save([Malicious()], sys.argv[-1])
+torch.save([Malicious()] * 4, sys.argv[-1])
 os._exit(0)
 """
 HOSTILE = {
