@@ -2,7 +2,7 @@
 
   python assignment/grade.py student.py        # problems 1 to 6, within a minute
   python assignment/grade.py student.py 3      # one problem
-  python assignment/grade.py student.py 7      # the training run with your functions, two minutes
+  python assignment/grade.py student.py 7      # the training run with your functions, one to three minutes
 
 Exit status: 0 if everything that was graded has full points, else 1.
 
@@ -978,7 +978,7 @@ def grade_speed(path: Path) -> tuple[int, str]:
 
 
 def grade_training(path: Path) -> tuple[bool, str]:
-    """Put the student's functions into fipo and train for eight steps."""
+    """Put the student's functions into fipo and train for five steps."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, __file__, "--train", str(path), folder]
         try:
@@ -1002,7 +1002,7 @@ def train_with(path: Path, out: str) -> None:
     module = load_student(path)
     for name in POINTS:
         setattr(fipo, name, getattr(module, name))
-    settings = "--steps 8 --eval_every 8 --study_seeds 0 --seed 0"
+    settings = "--steps 5 --eval_every 5 --study_seeds 0 --seed 0"
     train_small.main([*settings.split(), "--out", out])
 
 
