@@ -2,7 +2,7 @@
 
   python assignment/grade.py student.py        # problems 1 to 6, within a minute
   python assignment/grade.py student.py 3      # one problem
-  python assignment/grade.py student.py 7      # the training run with your functions, one to three minutes
+  python assignment/grade.py student.py 7      # trains with your functions, one to three minutes
 
 Exit status: 0 if everything that was graded has full points, else 1.
 
@@ -94,11 +94,13 @@ class TinyPolicy:
     def __init__(self) -> None:
         self.model = tiny_model()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.calls: list[bool] = []  # is_last of each call of backward
 
     def logprobs(self, *batch: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return fipo.token_logprobs(self.model, *batch, **options)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
+        self.calls.append(bool(is_last))
         loss.backward()
 
 
@@ -123,7 +125,13 @@ def returned(result: Any, **types: type) -> Any:
 
 
 def run_group_advantages(module: Any, case: Case) -> Outputs:
-    return {"advantages": returned(module.group_advantages(**case), advantages=Tensor)}
+    if case["rewards"].shape[1] > 1:
+        return {"advantages": returned(module.group_advantages(**case), advantages=Tensor)}
+    try:
+        module.group_advantages(**case)
+    except ValueError:
+        return {"advantages": torch.tensor(True)}  # refused
+    return {"advantages": torch.tensor(False)}
 
 
 def run_token_logprobs(module: Any, case: Case) -> Outputs:
@@ -163,7 +171,11 @@ def run_add_gradients(module: Any, case: Case) -> Outputs:
     policy = TinyPolicy()
     returned(module.add_gradients(policy, rollouts, cfg), metrics=dict)
     weight = policy.model.lm_head.weight
-    return {"gradient": gradient_of(weight), "weights after it": weight}
+    return {
+        "gradient": gradient_of(weight),
+        "weights after it": weight,
+        "is_last of policy.backward": torch.tensor(policy.calls),
+    }
 
 
 # ---------------------------------------------------------------------------------------- The cases
@@ -177,6 +189,7 @@ def advantage_cases() -> list[Case]:
         tensor([-1.3] * 6, [0.6] * 6, [-1.7] * 6),  # whose means in float32 are other numbers
         tensor([1, 1, -1, -1], [0.5, -1, -1, -1]),
         tensor([0.5, 0.5, 0.5 - 1e-3]),  # a std in the range of the epsilon
+        tensor([1], [-1]),  # groups of one, which are refused
     ]
     return [{"rewards": row} for row in rewards]
 
@@ -225,7 +238,9 @@ def weight_cases() -> list[Case]:
     advantages = tensor([1] * 4, [1] * 4, [-1] * 4, [-1] * 4)
     mask = tensor([1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1])
     cases = []
-    for options in ({"tau": 1.0}, {"weight_range": (0.8, 1.2), "safety": 3.0}, {}):
+    recipe_of_7b = {"weight_range": (0.8, 1.2), "safety": 3.0}
+    wide = {"weight_range": (0.5, 1.5), "safety": 3.0}
+    for options in ({"tau": 1.0}, recipe_of_7b, {"safety": 3.0}, wide, {}):
         rows = {"delta_logp": delta, "advantages": advantages, "mask": mask}
         cases += [{key: x[i : i + 1] for key, x in rows.items()} | options for i in range(4)]
         cases.append(rows | options)
@@ -237,16 +252,23 @@ def loss_cases() -> list[Case]:
     cases = []
     for advantage in (1.0, -1.0):
         for step in (0.1, 0.6, 2.6):  # the ratio is clipped at the second, and twice at the third
-            for options in ({}, {"num_tokens": 4.0}, {"num_responses": 2}):
+            responses = {"num_responses": 2}
+            for options in ({}, {"num_tokens": 4.0}, responses, responses | {"num_tokens": 8.0}):
                 case = {"logp": tensor([-3 + step, -3.2, -2.5]), "old_logp": tensor([-3, -3, -3])}
                 case |= {"advantages": torch.tensor([advantage]), "mask": tensor([1, 1, 0])}
                 cases.append(case | options)
     cases += [random_loss_case(seed) for seed in range(12)]
+    cases.append(random_loss_case(1) | {"num_responses": 8})  # some of them are dropped
     masked = random_loss_case(12)
-    masked["logp"][masked["mask"] == 0] = -math.inf
+    is_masked = masked["mask"] == 0
+    masked["logp"][is_masked] = -math.inf
+    masked["old_logp"][is_masked] = math.nan
     per_token = random_loss_case(13)
-    per_token["advantages"] = per_token["advantages"][:, None].expand_as(per_token["mask"])
-    return [*cases, masked, per_token]
+    per_token["advantages"] = per_token["advantages"][:, None].repeat(1, per_token["mask"].shape[1])
+    far = {"logp": tensor([-1, -2, -2, -2]), "old_logp": tensor([-31, -2, -2, -2])}
+    far["mask"] = torch.ones(1, 4)
+    far |= {"advantages": torch.tensor([-1.0]), "dual_clip": math.inf}
+    return [*cases, masked, per_token, far]
 
 
 def random_loss_case(seed: int) -> Case:
@@ -346,6 +368,7 @@ ADVANTAGE_MISTAKES: Mistakes = {
         {"(std + 1e-6)": "(std.square() + 1e-6)"}
     ],
 }
+ONE_RESPONSE = "Groups of one response must be refused with a ValueError (see the docstring)."
 EQUAL_REWARDS = (
     "A group of equal rewards does not get zeros: its mean is rounded, and the tiny difference is "
     "divided by a tiny number. Subtract the first reward of the group before anything else."
@@ -568,6 +591,9 @@ LOSS_MISTAKES: Mistakes = {
         {"1 - clip_low": "1 - clip_high"},
     ],
     "f is not used: multiply the advantages by it.": [{"A_tilde = A * f": "A_tilde = A"}],
+    "If both are given, num_responses counts, whatever num_tokens is.": [
+        {"if num_responses is not None:": "if num_responses is not None and num_tokens is None:"}
+    ],
     "You do not pass all settings on to influence_weight.": [
         {"tau=tau, ": ""},
         {"weight_range=weight_range, safety": "safety"},
@@ -589,10 +615,12 @@ LOSS_MISTAKES: Mistakes = {
 }
 
 MASKED = (
-    "The loss is right, except where logp is −inf at masked positions: −inf · 0 is NaN. Replace "
-    "masked values before you compute with them: torch.where(mask, x, 0.0)."
+    "The loss is right, except where logp is −inf or NaN at masked positions: −inf · 0 is NaN. "
+    "Replace masked values before you compute with them: torch.where(mask.bool(), x, 0.0)."
 )
 PER_TOKEN = "The loss is right for advantages [B], but wrong for advantages [B, T]."
+UNCLAMPED = "The loss is right, except for a very large Δ: clamp Δ to [−20, 20] before exp."
+LOSS_SPECIAL = {37: MASKED, 38: PER_TOKEN, 39: UNCLAMPED}
 
 BACKWARD = "policy.backward(loss, is_last=i == len(parts))"
 TOKENS_OF_PART = {"num_tokens=num_tokens": "num_tokens=None"}
@@ -603,9 +631,21 @@ RESPONSES_OF_PART = {
 NEITHER = {"num_tokens=num_tokens": "num_tokens=None", "num_responses=num_responses,": ""}
 DIVIDED = {BACKWARD: "policy.backward(loss / len(parts), is_last=True)"}
 GRADIENT_MISTAKES: Mistakes = {
+    "is_last is wrong: it must be True for the last part, and False for the others.": [
+        {"is_last=i == len(parts)": "is_last=True"},
+        {"is_last=i == len(parts)": "is_last=False"},
+        {"is_last=i == len(parts)": "is_last=i == len(parts) - 1"},
+    ],
+    "You take the whole mini-batch as one part. micro_batches gives the parts.": [
+        {"parts = micro_batches(mini_batch, cfg.tokens_per_micro_batch)": "parts = [mini_batch]"}
+    ],
+    "You call loss.backward. Call policy.backward, which DeepSpeed replaces.": [
+        {BACKWARD: "loss.backward()"}
+    ],
     "Only the gradient of the last part is left: call backward for each part, and do not set "
     "gradients to zero between them.": [
-        {"        logp, _ =": "        policy.model.zero_grad()\n        logp, _ ="}
+        {"        logp, _ =": "        policy.model.zero_grad()\n        logp, _ ="},
+        {BACKWARD: "", "    return average": "    policy.backward(loss, True)\n    return average"},
     ],
     "Only the gradient of the first part is there: call backward for each part.": [
         {BACKWARD: f"if i == 1: {BACKWARD}"}
@@ -672,12 +712,15 @@ class Problem:
 
 PROBLEMS = {
     "group_advantages": Problem(
-        advantage_cases, run_group_advantages, ADVANTAGE_MISTAKES, {1: EQUAL_REWARDS}
+        advantage_cases,
+        run_group_advantages,
+        ADVANTAGE_MISTAKES,
+        {1: EQUAL_REWARDS, 4: ONE_RESPONSE},
     ),
     "token_logprobs": Problem(logprob_cases, run_token_logprobs, LOGPROB_MISTAKES, {}),
     "future_kl": Problem(future_kl_cases, run_future_kl, FUTURE_KL_MISTAKES, {4: OVERFLOW}),
     "influence_weight": Problem(weight_cases, run_influence_weight, WEIGHT_MISTAKES, {}),
-    "fipo_loss": Problem(loss_cases, run_fipo_loss, LOSS_MISTAKES, {30: MASKED, 31: PER_TOKEN}),
+    "fipo_loss": Problem(loss_cases, run_fipo_loss, LOSS_MISTAKES, LOSS_SPECIAL),
     "add_gradients": Problem(gradient_cases, run_add_gradients, GRADIENT_MISTAKES, {}),
 }
 
@@ -722,7 +765,8 @@ def keeps_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         given = [value for value in options.values() if isinstance(value, Tensor)]
         before = [value.detach().clone() for value in given]
         result = function(*args, **options)
-        if not all(map(torch.equal, given, before)):
+        is_kept = [torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(given, before)]
+        if not all(is_kept):
             raise WrongResult("The function changes its arguments in place: work on a copy.")
         return result
 
@@ -923,7 +967,9 @@ def difference(case: Case, expected: Outputs, got: Outputs) -> str:
         # Gradients of weights have other rows than the inputs.
         is_of_tokens = any(x.shape == expected[key].shape for x in case.values() if is_tensor(x))
         given = inputs_of(case, row, start) if is_of_tokens else inputs_of(case, 0, 0)
-    return f"{key} is wrong{where}: expected {short(right)}, got {short(value)}. Inputs: {given}"
+    rows = max((len(x) for x in case.values() if is_tensor(x)), default=1)
+    inputs = "Inputs" if rows == 1 else f"Inputs (one of {rows} rows)"
+    return f"{key} is wrong{where}: expected {short(right)}, got {short(value)}. {inputs}: {given}"
 
 
 def is_tensor(value: Any) -> bool:

@@ -23,6 +23,8 @@ GRADE = ROOT / "assignment" / "grade.py"
 
 # A complete solution in the style of a student: the bodies of the six functions.
 ADVANTAGES = """
+if rewards.size(1) == 1:
+    raise ValueError("one response is no group")
 shifted = rewards - rewards[:, :1]
 G = rewards.shape[1]
 mean = shifted.sum(dim=1, keepdim=True) / G
@@ -106,7 +108,7 @@ if advantages.dim() == 1:
     advantages = advantages.unsqueeze(1).expand_as(mask)
 logp = logp.masked_fill(~inside, 0.0)
 old_logp = old_logp.masked_fill(~inside, 0.0)
-delta = logp - old_logp
+delta = (logp - old_logp).clamp(-20, 20)
 F, f = influence_weight(
     delta, advantages, mask, tau=tau, weight_range=weight_range, safety=safety, dual_clip=dual_clip
 )
@@ -169,6 +171,29 @@ SOLUTION = {
 # Wrong solutions. Each is an edit of the solution: problem, words of the diagnosis, and pairs of
 # old and new text. An empty old text stands for the whole body.
 WRONG = {
+    "groups of one accepted": (
+        "group_advantages",
+        "ValueError",
+        ("rewards.size(1) == 1", "False"),
+    ),
+    "ratios unbounded": ("fipo_loss", "clamp Δ to", (".clamp(-20, 20)", "")),
+    "num_tokens before num_responses": (
+        "fipo_loss",
+        "num_responses counts",
+        ("if num_responses is not None", "if num_responses is not None and num_tokens is None"),
+    ),
+    "is_last for all parts": ("add_gradients", "is_last", ("number == len(parts) - 1", "True")),
+    "is_last for none": ("add_gradients", "is_last", ("number == len(parts) - 1", "False")),
+    "one part": (
+        "add_gradients",
+        "micro_batches gives the parts",
+        ("micro_batches(mini_batch, cfg.tokens_per_micro_batch)", "[mini_batch]"),
+    ),
+    "loss.backward": (
+        "add_gradients",
+        "Call policy.backward",
+        ("policy.backward(loss, is_last=number == len(parts) - 1)", "loss.backward()"),
+    ),
     "biased std": ("group_advantages", "biased", ("(G - 1)", "G")),
     "biased std by torch, and the mean not exact": (
         "group_advantages",
@@ -446,7 +471,7 @@ WRONG = {
     "Δ upside down": (
         "fipo_loss",
         "upside down",
-        ("delta = logp - old_logp", "delta = old_logp - logp"),
+        ("(logp - old_logp)", "(old_logp - logp)"),
     ),
     "no exp": ("fipo_loss", "exp is missing", ("ratio = torch.exp(delta)", "ratio = delta")),
     "no clip of the ratio": (
@@ -467,7 +492,9 @@ WRONG = {
     "infinite at masked positions": (
         "fipo_loss",
         "−inf · 0 is NaN",
-        ("logp = logp.masked_fill(~inside, 0.0)", "logp = logp * mask"),
+        ("logp = logp.masked_fill(~inside, 0.0)\n", ""),
+        ("old_logp = old_logp.masked_fill(~inside, 0.0)\n", ""),
+        ("gain = torch.where(used, gain, 0.0)", "gain = gain * used"),
     ),
     "advantages per response only": (
         "fipo_loss",
