@@ -1023,7 +1023,6 @@ def verify_math(response: str, ground_truth: str) -> bool:
 
 
 VERIFY = {"dapo": verify, "math": verify_math}
-# The answers that vote in an evaluation. With your own verifier, equal responses vote together.
 EXTRACT = {"dapo": extract_answer, "math": extract_math}
 NO_ANSWER = {
     "dapo": 'there is no "Answer:" line in the last 300 characters of any',
@@ -1038,6 +1037,14 @@ def find_verifier(name):
     module, _, function = name.partition(":")
     with user_error(f"importing --verifier {name} (choose dapo, math or MODULE:FUNCTION)"):
         return getattr(importlib.import_module(module), function)
+
+
+def find_extractor(name):
+    """Return the function that names the answer of a response, for the votes of an evaluation.
+
+    With your own verifier, equal responses vote together.
+    """
+    return EXTRACT.get(name, str.strip)
 
 
 def overlong_penalty(length: int, max_response: int, buffer: int) -> float:
@@ -1839,7 +1846,7 @@ def evaluate(
     purpose = (cfg.seed, "eval", step)
     groups = list(sample(sampler, problems, purpose, cfg, n, cfg.eval_temperature, cfg.eval_top_p))
     responses = flatten(groups)
-    extract = EXTRACT.get(cfg.verifier, str.strip)
+    extract = find_extractor(cfg.verifier)
     if all(extract(r.text) is None for r in responses):
         num_cut = sum(len(r.response_ids) == cfg.max_response for r in responses)
         say(
@@ -1865,7 +1872,7 @@ def majority_correct(group: list[Rollout], verifier):
 
     Responses without an answer do not vote. The verifier `math` counts equal mathematics together.
     """
-    extract = EXTRACT.get(verifier, str.strip)
+    extract = find_extractor(verifier)
     answers = [extract(r.text) for r in group]
     votes: Counter[str] = Counter()
     for answer, count in Counter(answers).items():

@@ -617,9 +617,9 @@ def draw_token_map(row: Row, path: Path) -> None:
         # 1) The tokens, and in the panel of F an arrow under those that the change reaches.
         scale = Scale([row], view)
         for i, ((text, column, line), value) in enumerate(zip(placed, row[view])):
-            frame = (
-                dict(ec="black", lw=1.5, zorder=2) if i == source > 0 else dict(ec="0.85", lw=0.5)
-            )
+            frame = dict(ec="0.85", lw=0.5)
+            if i == source > 0:
+                frame = dict(ec="black", lw=1.5, zorder=2)
             colour = shade(scale.place(value))
             axes.barh(line, len(text), 0.7, column, align="edge", fc=colour, **frame)
             centre = (column + len(text) / 2, line + 0.37)
